@@ -1,0 +1,25 @@
+"""tpjax: large language models over a named device mesh, in JAX."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "tpjax.engine.llm",
+    "SamplingParams": "tpjax.sampling",
+    "Plan": "tpjax.plan",
+    "make_mesh": "tpjax.parallel.mesh",
+    "ModelConfig": "tpjax.config",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    # Lazy, so that `tpjax --help` answers without importing jax.
+    if name not in _HOME:
+        raise AttributeError(f"module 'tpjax' has no attribute {name!r}")
+    from tpjax import env
+
+    if name != "ModelConfig":
+        env.start()
+    return getattr(importlib.import_module(_HOME[name]), name)

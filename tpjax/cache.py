@@ -1,0 +1,40 @@
+"""The key/value cache. B sequences, K key/value heads, S positions, H head dim."""
+
+from dataclasses import dataclass
+
+import jax
+
+from tpjax.config import ModelConfig
+from tpjax.plan import Plan
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Contiguous: one pair of arrays ``[B, K, S, H]`` per layer, slot s holding position s.
+
+    Per layer, so that a donated cache is updated in place; by position, so that what a sequence
+    computes never depends on who shares its batch. Slots beyond a sequence's length hold leftovers
+    and are never visible.
+    """
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+
+    @property
+    def length(self) -> int:
+        """Positions per sequence, S."""
+        return self.layers[0][0].shape[2]
+
+    @classmethod
+    def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
+        """Shapes, dtypes and shardings, for lowering without allocating."""
+        shape = (rows, config.kv_heads, length, config.head_dim)
+        sharding = plan.sharding("batch", "kv_heads", None, None)
+        one = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
+        return cls(((one, one),) * config.layers)
+
+    @staticmethod
+    def bytes_per_device(config: ModelConfig, plan: Plan, rows: int, length: int) -> int:
+        """Bytes one device holds of ``rows`` sequences of ``length`` positions."""
+        split = plan.shards("kv_heads") * plan.shards("batch")
+        return rows * length * config.kv_bytes_per_token // split

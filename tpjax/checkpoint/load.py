@@ -1,0 +1,142 @@
+"""Weights onto devices: every device's slice is read, checked, cast and put where it belongs.
+
+Host memory in flight: one weight (its slices, in the stored and in the wanted dtype). No full copy
+of the model ever exists on the host.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from tpjax.checkpoint.safetensors import SafetensorsFolder
+from tpjax.errors import CheckpointError, listing
+from tpjax.models import Family
+from tpjax.weights import WeightSpec, WeightTable
+
+Progress = Callable[[Iterable[WeightSpec]], Iterable[WeightSpec]]
+_CHUNK = 1 << 22  # elements looked at together when checking or casting: a few tens of MB
+
+
+def load(
+    table: WeightTable, family: Family, source: SafetensorsFolder, progress: Progress = iter
+) -> tuple[jax.Array, ...]:
+    """The flat leaves of ``table``, from a checkpoint that has exactly these weights.
+
+    Raises CheckpointError listing every missing, extra or mis-shaped tensor before anything is
+    read, and naming the weight that holds a NaN or an infinity.
+    """
+    names = check(table, family, source)
+    return tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
+
+
+def check(table: WeightTable, family: Family, source: SafetensorsFolder) -> dict[str, str]:
+    """Our path -> the checkpoint's name, for every weight; nothing is read."""
+    names = {spec.path: family.source(spec.path) for spec in table.specs}
+    stored = source.tensors
+    problems = []
+    missing = [name for name in names.values() if name not in stored]
+    if missing:
+        problems.append(f"missing {listing(missing)}")
+    allowed = set(names.values())
+    if table.config.tie_embeddings:
+        allowed.add(family.names["head"])  # some files hold the tied copy too
+    extra = [n for n in stored if n not in allowed and not n.endswith(family.ignored)]
+    if extra:
+        problems.append(f"not part of this model: {listing(sorted(extra))}")
+    shapes = [
+        f"{names[s.path]} is {list(stored[names[s.path]].shape)}, the config says {list(s.stored)}"
+        for s in table.specs
+        if names[s.path] in stored and stored[names[s.path]].shape != s.stored
+    ]
+    if shapes:
+        problems.append(f"wrong shape: {listing(shapes, 4)}")
+    if problems:
+        raise CheckpointError(f"{source.folder}: {'; '.join(problems)}")
+    return names
+
+
+def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
+    """One weight on its devices. Slices that several devices share are read once."""
+    devices_of: dict[tuple, list] = {}
+    for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
+        devices_of.setdefault(key, []).append(device)
+
+    def read(bounds) -> np.ndarray:
+        # Padding, rows that no checkpoint has, is zero.
+        stop = [min(b, n) for (_, b), n in zip(bounds, spec.stored, strict=True)]
+        index = tuple(slice(min(a, b), b) for (a, _), b in zip(bounds, stop, strict=True))
+        part = source.read(name, index)
+        if not all_finite(part):
+            file = source.tensors[name].file
+            raise CheckpointError(f"{file}: {name} holds a NaN or an infinity")
+        part = cast(part, spec.dtype)
+        shape = tuple(b - a for a, b in bounds)
+        if part.shape == shape:
+            return part
+        padded = np.zeros(shape, spec.dtype)
+        padded[tuple(slice(0, n) for n in part.shape)] = part
+        return padded
+
+    with ThreadPoolExecutor(max_workers=min(4, len(devices_of))) as pool:
+        parts = list(pool.map(read, devices_of))
+    arrays = [
+        jax.device_put(part, device)
+        for part, devices in zip(parts, devices_of.values(), strict=True)
+        for device in devices
+    ]
+    whole = jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
+    return jax.block_until_ready(whole)  # bounds what is in flight to this one weight
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite, told by the exponent bits (fast for bfloat16 too)."""
+    mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[x.dtype.name]
+    unsigned = np.dtype(f"u{x.dtype.itemsize}")
+    flat = x.reshape(-1).view(unsigned)
+    mask = unsigned.type(mask)
+    return not any(((c & mask) == mask).any() for c in _chunks(flat))
+
+
+def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """To another dtype, rounding to nearest even; bfloat16 to float32 is a shift of the bits."""
+    if x.dtype == dtype:
+        return x
+    out = np.empty(x.shape, dtype)
+    flat, target = x.reshape(-1), out.reshape(-1)
+    widen = x.dtype.name == "bfloat16" and dtype == np.float32
+    for a in range(0, flat.size, _CHUNK):
+        part = flat[a : a + _CHUNK]
+        if widen:
+            np.left_shift(
+                part.view(np.uint16), 16, out=target[a : a + _CHUNK].view(np.uint32), dtype=np.uint32
+            )
+        else:
+            target[a : a + _CHUNK] = part.astype(dtype)
+    return out
+
+
+def _chunks(flat: np.ndarray):
+    return (flat[a : a + _CHUNK] for a in range(0, flat.size, _CHUNK))
+
+
+def random(table: WeightTable, seed: int = 0, progress: Progress = iter) -> tuple[jax.Array, ...]:
+    """Random weights of a plausible scale, for measuring: each matrix repeats one random block, so
+    that making a billion of them takes seconds. Not for judging text."""
+    block = np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
+
+    def make(spec: WeightSpec) -> jax.Array:
+        scale = np.float32(1 / math.sqrt(spec.shape[-1]))
+
+        def part(index):
+            shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
+            if len(spec.shape) == 1:
+                return np.ones(shape, spec.dtype)
+            return np.resize((block * scale).astype(spec.dtype), shape)
+
+        return jax.block_until_ready(jax.make_array_from_callback(spec.shape, spec.sharding, part))
+
+    return tuple(make(spec) for spec in progress(table.specs))

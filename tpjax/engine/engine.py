@@ -1,0 +1,151 @@
+"""The engine: prompts are prefilled one per replica, put into a free row, and decoded together.
+
+A row that finishes is refilled from the queue between two dispatches. What a request computes in
+prefill never depends on the others; in decode, rows share a matrix product and nothing else.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from tpjax import sampling
+from tpjax.engine.request import Logprob, Request
+from tpjax.errors import RunError
+from tpjax.executables import DISPATCH, Executables
+from tpjax.sampling import Drawn
+
+WAITED_FOR = 8  # tokens per dispatch while a queue, or a stop string, waits for the result
+
+
+class Engine:
+    """Runs requests to their end on built executables. Reading results is the only wait."""
+
+    def __init__(self, weights: tuple[jax.Array, ...], executables: Executables):
+        self.weights, self.exe = weights, executables
+        self.data = executables.one
+
+    def run(self, requests: Sequence[Request], *, tokens: int | None = None) -> Iterator[Request]:
+        """Run all requests, yielding each one whenever it has new tokens. ``tokens``: how many per
+        dispatch; None is as many as nobody waits for."""
+        waiting = deque(requests)
+        batch = self.exe.buckets.batch_for(len(requests))
+        slots: list[Request | None] = [None] * batch
+        cache = self.exe[f"zeros[b{batch}]"]()
+        one = cache if batch == 1 else self.exe[f"zeros[b{self.data}]"]()
+        while waiting or any(slots):
+            while waiting and None in slots:
+                group = self._next_group(waiting, slots)
+                one, drawn = self._prefill(one, group)
+                if batch == 1:
+                    cache = one
+                else:
+                    cache = self._insert(cache, one, group, batch)
+                for replica, (slot, request) in group.items():
+                    self._accept(request, drawn, replica)
+                    slots[slot] = None if request.finish_reason else request
+                    yield request
+            live = [r for r in slots if r]
+            if live:
+                wanted = tokens or self._tokens_per_dispatch(live, bool(waiting))
+                cache, drawn = self._decode(cache, slots, wanted)
+                if batch == 1:
+                    one = cache
+                for slot, request in enumerate(slots):
+                    if request:
+                        self._accept(request, drawn, slot)
+                        slots[slot] = None if request.finish_reason else request
+                        yield request
+
+    def _tokens_per_dispatch(self, live: list[Request], queue: bool) -> int:
+        return WAITED_FOR if queue or any(r.params.stop for r in live) else DISPATCH
+
+    def _next_group(self, waiting: deque, slots: list) -> dict[int, tuple[int, Request]]:
+        """At most one request per replica, each with a free row of that replica."""
+        per_replica = len(slots) // self.data
+        group = {}
+        for replica in range(self.data):
+            rows = range(replica * per_replica, (replica + 1) * per_replica)
+            free = next((row for row in rows if slots[row] is None), None)
+            if free is not None and waiting:
+                group[replica] = (free, waiting.popleft())
+        return group
+
+    def _prefill(self, one, group: dict[int, tuple[int, Request]]):
+        """All chunks of the group's prompts; returns the cache and the last chunk's tokens, which
+        for a shorter prompt are kept from the chunk it ended in."""
+        prompts = {replica: request.prompt_ids for replica, (_, request) in group.items()}
+        rows = [group[r][1].prompt_row() if r in group else None for r in range(self.data)]
+        packed = self.exe.upload(sampling.pack(rows))
+        longest = max(map(len, prompts.values()))
+        start, drawn_of = 0, {}
+        for size in self.exe.buckets.chunk_sizes(longest):
+            token = np.zeros((self.data, size), np.int32)
+            count = np.ones(self.data, np.int32)
+            for replica, ids in prompts.items():
+                part = ids[start : start + size]
+                token[replica, : len(part)] = part
+                count[replica] = max(len(part), 1)
+            begin = np.full(self.data, start, np.int32)
+            args = map(self.exe.upload, (token, begin, count))
+            one, drawn = self.exe[f"prefill[t{size}]"](self.weights, one, *args, packed)
+            for replica, ids in prompts.items():
+                if start < len(ids) <= start + size:
+                    drawn_of[replica] = drawn
+            start += size
+        fetched = {id(d): jax.device_get(d) for d in drawn_of.values()}
+        by_replica = {replica: fetched[id(d)] for replica, d in drawn_of.items()}
+        return one, _select(by_replica, self.data)
+
+    def _insert(self, cache, one, group, batch: int):
+        per_replica = batch // self.data
+        slot = np.full(self.data, -1, np.int32)
+        for replica, (row, _) in group.items():
+            slot[replica] = row - replica * per_replica
+        return self.exe[f"insert[b{batch}]"](cache, one, self.exe.upload(slot))
+
+    def _decode(self, cache, slots: list, wanted: int):
+        packed = sampling.pack([r.row() if r else None for r in slots])
+        wanted = np.asarray(min(wanted, DISPATCH), np.int32)
+        step = self.exe[f"decode[b{len(slots)}]"]
+        cache, drawn = step(self.weights, cache, self.exe.upload(packed), self.exe.upload(wanted))
+        asked = any(r is not None and r.params.logprobs is not None for r in slots)
+        return cache, jax.device_get(drawn) if asked else Drawn(np.asarray(drawn.token_B), *[None] * 3)
+
+    def _accept(self, request: Request, drawn: Drawn, row: int) -> None:
+        """Give a request the tokens of its row, in order, until it finishes."""
+        for n, token in enumerate(drawn.token_B[:, row].tolist()):
+            if request.finish_reason or token == -1:
+                return
+            if token == sampling.NOT_A_NUMBER:
+                raise RunError(
+                    f"request {request.id}: the logits are not numbers at position"
+                    f" {len(request.prompt_ids) + len(request.token_ids)}; the weights overflow in"
+                    " this dtype, try dtype=bfloat16 or float32"
+                )
+            request.accept(token, _logprobs(request, drawn, n, row, token))
+
+
+def _select(drawn_of: dict[int, Drawn], data: int) -> Drawn:
+    """One step ``[1, B]`` whose row r is taken from ``drawn_of[r]``."""
+    some = next(iter(drawn_of.values()))
+    pick = lambda *all_: np.stack([all_[r][r] for r in range(data)])[None]  # noqa: E731
+    return jax.tree.map(pick, *[drawn_of.get(r, some) for r in range(data)])
+
+
+def _logprobs(request: Request, drawn: Drawn, n: int, row: int, token: int):
+    wanted = request.params.logprobs
+    if wanted is None:
+        return None
+    decode = request.tokenizer.decode if request.tokenizer else lambda ids: None  # type: ignore
+    ids = drawn.top_id_BN[n, row].tolist()
+    values = drawn.top_logprob_BN[n, row].tolist()
+    out = {}
+    for rank, (id_, logprob) in enumerate(zip(ids[:wanted], values, strict=False), 1):
+        if id_ >= 0:
+            out[id_] = Logprob(logprob, rank, decode([id_]))
+    if token not in out:
+        rank = ids.index(token) + 1 if token in ids else None
+        out[token] = Logprob(float(drawn.logprob_B[n, row]), rank, decode([token]))
+    return out

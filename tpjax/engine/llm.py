@@ -1,0 +1,250 @@
+"""LLM: a model folder on a mesh, and what one asks of it."""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpjax import env
+from tpjax.checkpoint import folder as folders
+from tpjax.checkpoint import load
+from tpjax.checkpoint.safetensors import SafetensorsFolder
+from tpjax.engine.engine import Engine
+from tpjax.engine.memory import check_memory
+from tpjax.engine.request import Request, RequestOutput
+from tpjax.errors import UsageError
+from tpjax.executables import Buckets, Executables, OnBuild, _silent
+from tpjax.parallel.mesh import make_mesh
+from tpjax.plan import Plan
+from tpjax.sampling import SamplingParams, refuse_unknown
+from tpjax.weights import WeightTable
+
+Prompt = str | Sequence[int]
+
+DEFAULT_MAX_MODEL_LEN = 4096
+_RENAMED = {
+    "tp": "tensor_parallel_size",
+    "tp_size": "tensor_parallel_size",
+    "tensor_parallel": "tensor_parallel_size",
+    "max_length": "max_model_len",
+    "max_seq_len": "max_model_len",
+    "max_batch_size": "max_num_seqs",
+    "torch_dtype": "dtype",
+    "trust_remote_code": "code from a checkpoint is never run here; leave it out",
+    "gpu_memory_utilization": "memory is computed before it is used; leave it out",
+}
+
+
+class LLM:
+    """Load a Hugging Face model onto a mesh and generate with it. Argument names are vLLM's.
+
+    ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a mesh;
+    ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
+    ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
+    4096. ``max_num_seqs``: sequences decoded together. ``seed``: for requests without their own.
+
+    Raises CheckpointError, UsageError or ResourceError before anything large is allocated.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tensor_parallel_size: int | None = None,
+        *,
+        data_parallel_size: int | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        seed: int = 0,
+        plan: Plan | None = None,
+        mesh: Mesh | None = None,
+        random_weights: bool = False,
+        progress: load.Progress = iter,
+        on_build: OnBuild = _silent,
+        say: Callable[[str], None] | None = None,
+        **unknown,
+    ):
+        known = ("tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "seed", "plan")
+        refuse_unknown("LLM", unknown, known, _RENAMED)
+        say = say or (lambda line: print(line, file=sys.stderr))
+        env.start()
+        if random_weights and str(model).endswith(".json"):
+            self.folder = folders.config_only(Path(model))
+        else:
+            self.folder = folders.read_folder(folders.locate(model))
+        plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size)
+        asked = plan.tensor_degree
+        dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
+        config = folders.with_dtype(self.folder.config, dtype)
+        self.plan, self.config, self.seed = plan.fit(config), config, seed
+        if self.plan.mesh.shape != plan.mesh.shape:
+            tensor, rep = self.plan.mesh.shape["tensor"], self.plan.mesh.shape["rep"]
+            say(
+                f"tensor={asked} is more than kv_heads={config.kv_heads}:"
+                f" split into tensor={tensor} x rep={rep}"
+            )
+        self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
+        if self.max_model_len > config.max_position:
+            raise UsageError(
+                f"max_model_len={max_model_len} is more than the model's own limit"
+                f" max_position_embeddings={config.max_position}"
+            )
+        buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
+        self.table = WeightTable(config, self.plan)
+        self.memory = check_memory(self.table, buckets)
+        self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
+        self.eos_ids = folders.eos_ids(self.folder.generation)
+        if random_weights:
+            self.weights = load.random(self.table, seed, progress)
+        else:
+            source = SafetensorsFolder(self.folder.path)
+            self.weights = load.load(self.table, self.folder.family, source, progress)
+        self.executables = Executables(self.table, buckets, on_build)
+        self._engine = Engine(self.weights, self.executables)
+        self._count = itertools.count()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation config suggests; greedy if it does not say ``do_sample``."""
+        generation = self.folder.generation
+        if not generation.get("do_sample"):
+            return SamplingParams(temperature=0.0)
+        words = ("temperature", "top_k", "top_p", "min_p")
+        return SamplingParams(**{w: generation[w] for w in words if w in generation})
+
+    def warm_up(self) -> None:
+        """Build every executable generation can use: no compile happens after this."""
+        self.executables.build(self.executables.all_names())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[Request], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many (text or token ids), in the order given.
+
+        Raises UsageError for a prompt or a parameter that cannot be meant, before anything runs.
+        """
+        requests = self._requests(prompts, sampling_params)
+        if not requests:
+            return []
+        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
+        for request in self._engine.run(requests):
+            if on_progress:
+                on_progress(request)
+        return [request.output() for request in requests]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Yield one prompt's text as it is made; its pieces joined are what `generate` returns."""
+        requests = self._requests(prompt, sampling_params)
+        if len(requests) != 1:
+            raise UsageError("stream takes one prompt; use generate for several")
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder.path}: no tokenizer, so there is no text to stream")
+        self.executables.build(self.executables.for_requests([len(requests[0].prompt_ids)]))
+        return self._pieces(requests)
+
+    def _pieces(self, requests: list[Request]) -> Iterator[str]:
+        for request in self._engine.run(requests, tokens=1):
+            if text := request.new_text():
+                yield text
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Float32 ``[T, V]``: what the model says after each of these tokens, for evaluation."""
+        ids = self._check_ids(list(token_ids), room=0)
+        exe = self.executables
+        sizes = exe.buckets.chunk_sizes(len(ids))
+        cache = exe[f"zeros[b{exe.one}]"]()
+        out, start = [], 0
+        for size in sizes:
+            token = np.zeros((exe.one, size), np.int32)
+            part = ids[start : start + size]
+            token[:, : len(part)] = part
+            begin = np.full(exe.one, start, np.int32)
+            cache, logits = exe[f"score[t{size}]"](
+                self.weights, cache, exe.upload(token), exe.upload(begin)
+            )
+            out.append(np.asarray(logits)[0, : len(part), : self.config.vocab])
+            start += size
+        return np.concatenate(out)
+
+    def _requests(self, prompts, sampling_params) -> list[Request]:
+        many = _as_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        each = (
+            [sampling_params] * len(many)
+            if isinstance(sampling_params, SamplingParams)
+            else list(sampling_params)
+        )
+        if len(each) != len(many):
+            raise UsageError(f"{len(many)} prompts but {len(each)} sampling_params")
+        return [self._request(p, s) for p, s in zip(many, each, strict=True)]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None and self.tokenizer is None:
+            raise UsageError(f"{self.folder.path}: no tokenizer; give token ids instead of text")
+        if text == "":
+            raise UsageError("empty prompt: give at least one character")
+        if params.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; use stop_token_ids")
+        ids = self.tokenizer.encode(text) if text is not None else list(prompt)  # type: ignore
+        ids = self._check_ids(ids, room=1)
+        beyond = [i for i in params.stop_token_ids if i >= self.config.vocab]
+        if beyond:
+            raise UsageError(f"stop_token_ids {beyond}: outside vocab={self.config.vocab}")
+        number = next(self._count)
+        return Request(
+            id=str(number),
+            prompt=text,
+            prompt_ids=ids,
+            params=params,
+            seed=params.seed if params.seed is not None else (self.seed << 32) + number,
+            eos_ids=self.eos_ids,
+            max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
+            tokenizer=self.tokenizer,
+        )
+
+    def _check_ids(self, ids: list[int], room: int) -> list[int]:
+        if not ids:
+            raise UsageError("empty prompt: give at least one token")
+        for id_ in ids:
+            if not 0 <= id_ < self.config.vocab:
+                raise UsageError(f"token id {id_} is outside vocab={self.config.vocab}")
+        if len(ids) + room > self.max_model_len:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, max_model_len={self.max_model_len} allows"
+                f" {self.max_model_len - room}; raise max_model_len or shorten the prompt"
+            )
+        return [int(i) for i in ids]
+
+
+def _one_plan(plan, mesh, tensor, data) -> Plan:
+    """Exactly one of: a plan, a mesh, or sizes."""
+    sizes = tensor is not None or data is not None
+    if sum((plan is not None, mesh is not None, sizes)) > 1:
+        raise UsageError("give one of plan, mesh, or tensor_parallel_size/data_parallel_size")
+    if plan is not None:
+        return plan
+    if mesh is None:
+        mesh = make_mesh(data=1 if data is None else data, tensor=1 if tensor is None else tensor)
+    return Plan(mesh=mesh)
+
+
+def _as_list(prompts) -> list[Prompt]:
+    """One prompt, text or ids, is a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(p, int | np.integer) for p in prompts):
+        return [prompts]
+    return prompts

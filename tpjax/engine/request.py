@@ -1,0 +1,172 @@
+"""A request on the host: its tokens so far, its text so far, and when it is finished. No jax."""
+
+import time
+from dataclasses import dataclass, field
+
+from tokenizers.decoders import DecodeStream
+
+from tpjax.sampling import Row, SamplingParams
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural log of a token's probability; ``rank`` counts from 1, None beyond the returned list."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. Tokens per second are this request's own, the first token excluded."""
+
+    time_to_first_token: float
+    total: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion; attribute names are vLLM's. ``finish_reason`` is "stop" or "length";
+    ``stop_reason`` the stop string or stop token id that ended it, None for end-of-sequence."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request; attribute names are vLLM's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    timings: Timings
+    finished: bool = True
+
+
+class Detokenizer:
+    """Tokens in, text out, never half a character: bytes wait until they are whole, and the end of
+    the text waits while it could be the beginning of a stop string."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...]):
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self.text = ""
+        self.stopped_by: str | None = None
+        self._shown = 0
+
+    def push(self, token: int) -> bool:
+        """Add a token; True when a stop string is complete (and cut off)."""
+        piece = self._stream.step(self._backend, token)
+        if not piece:
+            return False
+        searched = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += piece
+        found = [(at, s) for s in self._stop if (at := self.text.find(s, searched)) >= 0]
+        if not found:
+            return False
+        at, self.stopped_by = min(found)
+        self.text = self.text[:at]
+        return True
+
+    def new_text(self, finished: bool) -> str:
+        """What may be shown now and was not before."""
+        end = len(self.text)
+        if not finished:
+            end -= max((_overlap(self.text, s) for s in self._stop), default=0)
+        new = self.text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-n:]):
+            return n
+    return 0
+
+
+@dataclass
+class Request:
+    """One prompt and what has become of it."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    eos_ids: tuple[int, ...]
+    max_tokens: int  # what params ask for and max_model_len leaves
+    tokenizer: object | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self):
+        eos = () if self.params.ignore_eos else self.eos_ids
+        self.stop_ids = tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
+        self._eos = set(eos)
+        self.detokenizer = self.tokenizer and Detokenizer(self.tokenizer, self.params.stop)
+        self._arrived = time.perf_counter()
+        self._first = self._last = 0.0
+
+    def row(self) -> Row:
+        """What the device needs to go on: the last token has been drawn but not yet been read."""
+        return Row(
+            token=self.token_ids[-1],
+            position=len(self.prompt_ids) + len(self.token_ids) - 1,
+            remaining=self.max_tokens - len(self.token_ids),
+            seed=self.seed,
+            params=self.params,
+            stop_ids=self.stop_ids,
+        )
+
+    def prompt_row(self) -> Row:
+        """The same before the first token; position and remaining come from the prompt's chunks."""
+        return Row(0, 0, 0, self.seed, self.params, self.stop_ids)
+
+    def accept(self, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        """One more token. Sets ``finish_reason`` when it was the last one."""
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = None if token in self._eos else token
+        elif self.detokenizer and self.detokenizer.push(token):
+            self.finish_reason = "stop"
+            self.stop_reason = self.detokenizer.stopped_by
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def new_text(self) -> str:
+        """Text made since the last call, as far as it is settled."""
+        return self.detokenizer.new_text(self.finish_reason is not None) if self.detokenizer else ""
+
+    def output(self) -> RequestOutput:
+        """The result, once finished."""
+        assert self.finish_reason is not None
+        text = self.detokenizer.text if self.detokenizer else ""
+        logprobs = self.logprobs if self.params.logprobs is not None else None
+        completion = CompletionOutput(
+            0, text, self.token_ids, logprobs, self.finish_reason, self.stop_reason
+        )
+        spent = self._last - self._first
+        timings = Timings(
+            time_to_first_token=self._first - self._arrived,
+            total=self._last - self._arrived,
+            tokens_per_second=(len(self.token_ids) - 1) / spent if spent > 0 else 0.0,
+        )
+        return RequestOutput(self.id, self.prompt, self.prompt_ids, [completion], timings)

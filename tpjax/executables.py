@@ -1,0 +1,195 @@
+"""Executables: one per bucket, built ahead of time, counted.
+
+Only what changes a shape is in a bucket: tokens per prefill chunk, sequences per decode. The set is
+finite and known from `Buckets` before the first request.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpjax import sampling, step
+from tpjax.cache import KVCache
+from tpjax.errors import UsageError
+from tpjax.weights import WeightTable
+
+DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
+CHUNKS = (16, 64, 256)  # prefill: tokens per call; longer prompts take several
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The shapes that will ever run.
+
+    ``context``: cache positions per sequence, enough for ``max_model_len`` in whole chunks.
+    ``batch``: sequences per decode, all replicas together. ``chunks``: tokens per prefill call.
+    """
+
+    context: int
+    batch: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    @classmethod
+    def make(cls, max_model_len: int, max_num_seqs: int, data: int) -> "Buckets":
+        if max_model_len < 2:
+            raise UsageError(f"max_model_len={max_model_len}: must be 2 or more")
+        if max_num_seqs < 1:
+            raise UsageError(f"max_num_seqs={max_num_seqs}: must be 1 or more")
+        chunks = tuple(c for c in CHUNKS if c <= max_model_len) or CHUNKS[:1]
+        context = -(-max_model_len // chunks[-1]) * chunks[-1]
+        rows = [1]
+        while rows[-1] * data < max_num_seqs:
+            rows.append(min(rows[-1] * 2, -(-max_num_seqs // data)))
+        return cls(context, tuple(r * data for r in rows), chunks)
+
+    def batch_for(self, sequences: int) -> int:
+        """The smallest decode bucket for this many sequences; the largest if none is enough."""
+        return next((b for b in self.batch if b >= sequences), self.batch[-1])
+
+    def chunk_sizes(self, tokens: int) -> list[int]:
+        """How a prompt of this length is cut: whole largest chunks, then one that holds the rest."""
+        largest = self.chunks[-1]
+        whole, rest = divmod(tokens, largest)
+        last = [next(c for c in self.chunks if c >= rest)] if rest else []
+        return [largest] * whole + last
+
+
+@dataclass(frozen=True)
+class Built:
+    """One executable and what it took to build."""
+
+    run: Callable
+    compiled: jax.stages.Compiled
+    seconds: float
+    from_cache: bool
+
+
+OnBuild = Callable[[str, int, int], Callable[[Built], None]]
+
+
+def _silent(name: str, number: int, total: int) -> Callable[[Built], None]:
+    return lambda built: None
+
+
+class Executables:
+    """Builds and keeps them. Names: ``zeros[b4]``, ``prefill[t64]``, ``insert[b4]``, ``decode[b4]``,
+    ``score[t64]``."""
+
+    def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = _silent):
+        self.table, self.buckets, self.on_build = table, buckets, on_build
+        self.built: dict[str, Built] = {}
+        self.one = table.plan.data  # rows of the cache a prompt is prefilled in: one per replica
+
+    def for_requests(self, prompt_lengths: Iterable[int]) -> list[str]:
+        """Names of all a run of these prompts will use."""
+        lengths = list(prompt_lengths)
+        batch = self.buckets.batch_for(len(lengths))
+        chunks = {c for n in lengths for c in self.buckets.chunk_sizes(n)}
+        names = [f"prefill[t{c}]" for c in sorted(chunks)]
+        return names + self._decoding(batch)
+
+    def all_names(self) -> list[str]:
+        """Names of everything generation can ever use."""
+        names = [f"prefill[t{c}]" for c in self.buckets.chunks]
+        for batch in self.buckets.batch:
+            names += [n for n in self._decoding(batch) if n not in names]
+        return names
+
+    def _decoding(self, batch: int) -> list[str]:
+        zeros = [f"zeros[b{self.one}]"]
+        if batch == 1:
+            return [*zeros, "decode[b1]"]
+        if batch != self.one:
+            zeros.append(f"zeros[b{batch}]")
+        return [*zeros, f"insert[b{batch}]", f"decode[b{batch}]"]
+
+    def build(self, names: Iterable[str]) -> None:
+        """Build what is not built yet, telling ``on_build`` before and after each."""
+        todo = [name for name in names if name not in self.built]
+        for number, name in enumerate(todo, 1):
+            done = self.on_build(name, number, len(todo))
+            start, hits = time.perf_counter(), compiles.cache_hits
+            compiled = self.lower(name).compile()
+            seconds = time.perf_counter() - start
+            self.built[name] = Built(compiled, compiled, seconds, compiles.cache_hits > hits)
+            done(self.built[name])
+
+    def __getitem__(self, name: str) -> Callable:
+        """The executable; built now if nobody did before."""
+        if name not in self.built:
+            self.build([name])
+        return self.built[name].run
+
+    def lower(self, name: str) -> jax.stages.Lowered:
+        """Trace one step for its bucket, on abstract weights."""
+        kind, _, size = name.removesuffix("]").partition("[")
+        rows_or_tokens = int(size[1:])
+        table = self.table
+        plan = table.plan
+
+        def small(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            sharding = plan.sharding(*(None,) * len(shape))
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+        def cache(rows: int) -> KVCache:
+            return KVCache.abstract(table.config, plan, rows, self.buckets.context)
+
+        one, weights = self.one, table.abstract()
+        with jax.set_mesh(plan.mesh):
+            match kind:
+                case "zeros":
+                    shapes = cache(rows_or_tokens)
+                    make = lambda: jax.tree.map(  # noqa: E731
+                        lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes
+                    )
+                    return jax.jit(make).lower()
+                case "prefill":
+                    args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
+                    packed = small((one, sampling.COLUMNS))
+                    fn = functools.partial(step.prefill, table)
+                    return _jit(fn, 1).lower(weights, cache(one), *args, packed)
+                case "insert":
+                    fn = functools.partial(step.insert, table)
+                    return _jit(fn, 0).lower(cache(rows_or_tokens), cache(one), small((one,)))
+                case "decode":
+                    packed = small((rows_or_tokens, sampling.COLUMNS))
+                    fn = functools.partial(step.decode_many, table, DISPATCH)
+                    return _jit(fn, 1).lower(weights, cache(rows_or_tokens), packed, small(()))
+                case "score":
+                    args = (small((one, rows_or_tokens)), small((one,)))
+                    fn = functools.partial(step.score, table)
+                    return _jit(fn, 1).lower(weights, cache(one), *args)
+        raise KeyError(name)
+
+    def upload(self, x: np.ndarray) -> jax.Array:
+        """A small host array on every device."""
+        return jax.device_put(x, self.table.plan.sharding(*(None,) * x.ndim))
+
+
+def _jit(fn, donated: int):
+    return jax.jit(fn, donate_argnums=donated)
+
+
+class _Compiles:
+    """How many programs XLA was asked for in this process, and how many the disk cache answered.
+    After warm-up the count must not move; tests and the benchmark hold it to that."""
+
+    def __init__(self):
+        self.count = 0
+        self.cache_hits = 0
+        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        jax.monitoring.register_event_listener(self._event)
+
+    def _duration(self, event: str, _seconds: float, **_) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def _event(self, event: str, **_) -> None:
+        self.cache_hits += event == "/jax/compilation_cache/cache_hits"
+
+
+compiles = _Compiles()

@@ -1,0 +1,58 @@
+"""Attention over the cache: write the new keys and values, then attend. An island, no collectives.
+
+B sequences, T new tokens, S cache positions, N query heads, K key/value heads, H head dim.
+"""
+
+import jax
+
+from tpjax.ops import attention_ref
+from tpjax.plan import Plan
+
+LayerCache = tuple[jax.Array, jax.Array]  # keys, values: [B, K, S, H]
+
+
+def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The cache with T new positions from ``start`` on, in each sequence its own; in place when
+    the cache is donated. One sequence is a plain slice update, several are one scatter."""
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3)
+
+    def one(cache_KSH, new_KTH, start):
+        zero = start * 0
+        return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (zero, start, zero))
+
+    if new_BKTH.shape[0] == 1:
+        return one(cache_BKSH[0], new_BKTH[0], start_B[0])[None]
+    return jax.vmap(one)(cache_BKSH, new_BKTH, start_B)
+
+
+def cached_attention(
+    plan: Plan,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: LayerCache,
+    position_BT: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, LayerCache]:
+    """``o_BTNH`` and the cache with the new tokens in it. Positions of a sequence are consecutive.
+
+    Every device works on its own query heads and the key/value heads they share: with ``rep`` > 1
+    there is exactly one of these per device, so grouping by reshape holds locally too.
+    """
+
+    def local(q, k, v, keys, values, position):
+        keys = write(keys, k.astype(keys.dtype), position[:, 0])
+        values = write(values, v.astype(values.dtype), position[:, 0])
+        return attention_ref.attend(q, keys, values, position, scale), keys, values
+
+    new = plan.spec("batch", None, "kv_heads", None)
+    held = plan.spec("batch", "kv_heads", None, None)
+    out = plan.spec("batch", None, "heads", None)
+    o_BTNH, keys, values = jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(out, new, new, held, held, plan.spec("batch", None)),
+        out_specs=(out, held, held),
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH, *cache, position_BT)
+    return o_BTNH, (keys, values)

@@ -1,0 +1,41 @@
+"""Logical axis -> mesh axes: the one table that decides how everything is split."""
+
+from dataclasses import dataclass, fields
+
+from jax.sharding import PartitionSpec
+
+MeshAxes = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """For each logical axis, the mesh axes it is split over, outermost first; () is not split."""
+
+    batch: MeshAxes = ("data",)
+    vocab: MeshAxes = ("tensor", "rep")
+    heads: MeshAxes = ("tensor", "rep")
+    kv_heads: MeshAxes = ("tensor",)
+    mlp: MeshAxes = ("tensor", "rep")
+    embed: MeshAxes = ()
+
+    def mesh_axes(self, axis: str | None) -> MeshAxes:
+        """The mesh axes of one logical axis; None, an axis nobody names, is never split."""
+        if axis is None:
+            return ()
+        if axis not in {f.name for f in fields(self)}:
+            raise KeyError(f"no rule for logical axis {axis!r}: add it to Rules")
+        return getattr(self, axis)
+
+    def spec(self, *axes: str | None, partial: MeshAxes = ()) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes.
+
+        ``partial`` names mesh axes over which the array still is a sum to be made. Raises
+        ValueError when one mesh axis would split two axes of the same array.
+        """
+        per_axis = [self.mesh_axes(axis) for axis in axes]
+        used = [name for names in per_axis for name in names] + list(partial)
+        twice = {name for name in used if used.count(name) > 1}
+        if twice:
+            raise ValueError(f"axes {axes} (partial {partial}) use mesh axis {sorted(twice)} twice")
+        entries = [names[0] if len(names) == 1 else (names or None) for names in per_axis]
+        return PartitionSpec(*entries, unreduced=set(partial)) if partial else PartitionSpec(*entries)

@@ -1,0 +1,299 @@
+"""How the next token is chosen: what a user may ask (host), as one int32 array (device), and the
+island that draws.
+
+B sequences, V vocabulary, E stop ids, N tokens asked for in logprobs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpjax.errors import UsageError
+from tpjax.ops import topk
+from tpjax.plan import Plan
+
+MAX_LOGPROBS = 20
+DEVICE_STOP_IDS = 8  # more than these are honoured too, on the host
+
+_RENAMED = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "top_logprobs": "logprobs",
+    "random_seed": "seed",
+    "temp": "temperature",
+}
+
+
+def refuse_unknown(what: str, unknown, known, renamed: dict[str, str]) -> None:
+    """Raise UsageError for the first unknown word, naming the right one where there is one."""
+    for name in unknown:
+        right = renamed.get(name)
+        hint = f"here it is called {right}" if right in known else right
+        raise UsageError(f"{what}: unknown argument {name!r}; {hint or 'known: ' + ', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks of the sampler. Names and defaults are vLLM's.
+
+    ``temperature`` 0 is greedy. Filters apply in transformers' order: temperature, top_k (0 or -1
+    is off), top_p, min_p. ``logprobs`` n returns the n likeliest tokens of every step beside the
+    chosen one, from the raw logits. ``seed`` None takes one from the engine's seed.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        checks = (
+            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= self.min_p <= 1, "min_p", "between 0 and 1"),
+            (self.top_k >= -1, "top_k", "1 or more, or 0 for all tokens"),
+            (self.max_tokens >= 1, "max_tokens", "1 or more"),
+            (self.seed is None or 0 <= self.seed < 2**64, "seed", "between 0 and 2**64 - 1"),
+            (all(self.stop), "stop", "strings that are not empty"),
+            (all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids, 0 or more"),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+        )
+        for ok, name, wanted in checks:
+            if not ok:
+                raise UsageError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+
+def _say_the_right_word(cls):
+    init, known = cls.__init__, tuple(f.name for f in dataclasses.fields(cls))
+
+    @functools.wraps(init)
+    def checked(self, **words):
+        refuse_unknown(cls.__name__, words.keys() - set(known), known, _RENAMED)
+        init(self, **words)
+
+    cls.__init__ = checked
+
+
+_say_the_right_word(SamplingParams)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sequence between two dispatches: its last token, that token's position, how many more
+    tokens may follow, and what its request asked for."""
+
+    token: int
+    position: int
+    remaining: int
+    seed: int
+    params: SamplingParams
+    stop_ids: tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The same for every sequence of a batch, on the device. Replicated: a few dozen bytes each."""
+
+    token_B: jax.Array
+    position_B: jax.Array
+    remaining_B: jax.Array  # 0: finished, or no sequence here
+    seed_B2: jax.Array  # uint32: high and low word
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    logprobs_B: jax.Array  # -1: none
+    stop_BE: jax.Array  # padded with -1
+
+
+COLUMNS = 10 + DEVICE_STOP_IDS
+
+
+def pack(rows: Sequence[Row | None]) -> np.ndarray:
+    """Int32 ``[B, COLUMNS]``: everything one dispatch needs to know, in one upload."""
+    packed = np.zeros((len(rows), COLUMNS), np.int32)
+    packed[:, 7] = np.float32(1).view(np.int32)  # top_p of an empty row: off
+    packed[:, 9:] = -1
+    for out, row in zip(packed, rows, strict=True):
+        if row is None:
+            continue
+        p = row.params
+        words = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        floats = np.array([p.temperature, p.top_p, p.min_p], np.float32).view(np.int32)
+        logprobs = -1 if p.logprobs is None else p.logprobs
+        top_k = max(p.top_k, 0)
+        out[:5] = row.token, row.position, row.remaining, *words
+        out[5:10] = floats[0], min(top_k, 2**30), floats[1], floats[2], logprobs
+        stop = row.stop_ids[:DEVICE_STOP_IDS]
+        out[10 : 10 + len(stop)] = stop
+    return packed
+
+
+def unpack(packed_BC: jax.Array) -> Rows:
+    """The inverse of `pack`, while tracing."""
+    column = [packed_BC[:, i] for i in range(10)]
+    real = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    seed_B2 = jax.lax.bitcast_convert_type(packed_BC[:, 3:5], jnp.uint32)
+    return Rows(
+        *column[:3],
+        seed_B2,
+        real(column[5]),
+        column[6],
+        real(column[7]),
+        real(column[8]),
+        column[9],
+        packed_BC[:, 10:],
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One new token per sequence; -2 where the logits were not a number. Logprobs are of the raw
+    logits: the chosen token's, and the likeliest tokens' with their ids."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array
+    top_id_BN: jax.Array
+    top_logprob_BN: jax.Array
+
+
+NOT_A_NUMBER = -2
+
+
+def sample(plan: Plan, vocab: int, logits_BV: jax.Array, rows: Rows) -> Drawn:
+    """Draw every sequence's next token from logits split over the vocabulary.
+
+    The random stream is Gumbel noise from (request seed, position of the new token, token id), so a
+    request's tokens do not depend on the mesh, on its row, or on the other rows. What is sent: see
+    `collectives`.
+    """
+    axes = plan.mesh_axes("vocab")
+    data_axes = plan.mesh_axes("batch")
+
+    def local(logits, rows):
+        shards = topk.Shards(axes)
+        size = logits.shape[1]
+        id_V = shards.first_id(size) + jnp.arange(size)
+        logits = jnp.where(id_V[None, :] < vocab, logits, -jnp.inf)
+        greedy, best = topk.greedy(logits, shards)
+        token = jax.lax.cond(
+            _any(rows.temperature_B > 0, data_axes),
+            lambda: jnp.where(rows.temperature_B > 0, _draw(logits, shards, rows, data_axes), greedy),
+            lambda: greedy,
+        )
+        nothing = (
+            jnp.zeros(token.shape, jnp.float32),
+            jnp.zeros((*token.shape, MAX_LOGPROBS), jnp.int32),
+            jnp.zeros((*token.shape, MAX_LOGPROBS), jnp.float32),
+        )
+        logprobs = jax.lax.cond(
+            _any(rows.logprobs_B >= 0, data_axes),
+            lambda: _logprobs(logits, shards, token),
+            lambda: nothing,
+        )
+        token = jnp.where(jnp.isnan(best), NOT_A_NUMBER, token)
+        drawn = Drawn(token, *logprobs)
+        if plan.data == 1:
+            return drawn
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, data_axes, tiled=True), drawn)
+
+    everywhere = plan.spec(None)
+    row_spec = jax.tree.map(lambda x: plan.spec("batch", *(None,) * (x.ndim - 1)), rows)
+    return jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(plan.spec("batch", "vocab"), row_spec),
+        out_specs=everywhere,
+        check_vma=False,
+    )(logits_BV, jax.tree.map(jax.reshard, rows, row_spec))
+
+
+def _any(flag_B: jax.Array, data_axes) -> jax.Array:
+    """Whether it holds for any sequence of any replica: a branch that communicates must be taken
+    by all devices or none."""
+    flag = jnp.any(flag_B)
+    return jnp.any(jax.lax.all_gather(flag, data_axes)) if data_axes else flag
+
+
+def _draw(logits, shards, rows: Rows, data_axes) -> jax.Array:
+    hot_B = rows.temperature_B > 0
+    scaled = logits / jnp.where(hot_B, rows.temperature_B, 1.0)[:, None]
+    key_B = jax.vmap(
+        lambda words, at: jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), at)
+    )(rows.seed_B2, rows.position_B + 1)
+    top, lse = topk.log_sum_exp(scaled, shards)
+    value, id_, bound = topk.candidates(scaled, shards)
+    asked = rows.top_k_B, rows.top_p_B, rows.min_p_B
+    tau, sure = topk.candidate_threshold(value, bound, top, lse, *asked)
+    filtered = (rows.top_k_B > 0) | (rows.top_p_B < 1.0)
+    unsure = hot_B & ~sure
+
+    def from_all():
+        # A row that is sure keeps its threshold, so that no neighbour can change what it draws.
+        exact = jax.lax.cond(
+            _any(unsure & filtered, data_axes),
+            lambda: topk.exact_threshold(scaled, shards, top, lse, *asked),
+            lambda: top + jnp.log(rows.min_p_B),
+        )
+        limit = jnp.where(sure, tau, exact)
+        return topk.draw_from_all(scaled, shards, limit, key_B)
+
+    return jax.lax.cond(
+        _any(unsure, data_axes),
+        from_all,
+        lambda: topk.draw_from_candidates(value, id_, tau, key_B),
+    )
+
+
+def _logprobs(logits, shards, token_B):
+    _, lse = topk.log_sum_exp(logits, shards)
+    value, id_, _ = topk.candidates(logits, shards, MAX_LOGPROBS)
+    short = MAX_LOGPROBS - value.shape[1]
+    if short > 0:  # a vocabulary smaller than the list
+        value = jnp.pad(value, ((0, 0), (0, short)), constant_values=-jnp.inf)
+        id_ = jnp.pad(id_, ((0, 0), (0, short)), constant_values=-1)
+    size = logits.shape[1]
+    at = token_B - shards.first_id(size)
+    mine = (at >= 0) & (at < size)
+    own = jnp.take_along_axis(logits, jnp.where(mine, at, 0)[:, None], axis=-1)[:, 0]
+    chosen = jnp.max(shards.gather(jnp.where(mine, own, -jnp.inf)), axis=0)
+    top = value[:, :MAX_LOGPROBS] - lse[:, None]
+    return chosen - lse, id_[:, :MAX_LOGPROBS], top
+
+
+def collectives(plan: Plan) -> dict[str, int]:
+    """The most collectives the sampler puts into a program's text; the compiler drops those of
+    branches that a small vocabulary can never take. A greedy batch executes the first only, a
+    sampled one two more, a nucleus wider than the candidates the rest."""
+    vocab = {
+        "greedy": 1,
+        "log-sum-exp and candidates": 2,
+        "exact threshold": 3,
+        "draw from all": 1,
+        "logprobs": 3,
+    }
+    replicas = {"which branch": 4, "tokens and logprobs": 4, "last token": 1}
+    split = 1 if plan.tensor_degree > 1 else 0
+    copies = 1 if plan.data > 1 else 0
+    return {"all-gather": split * sum(vocab.values()) + copies * sum(replicas.values())}

@@ -1,0 +1,145 @@
+"""The pure steps, and their executables: built ahead of time, one per bucket, never after warm-up.
+
+B sequences, T tokens, S cache positions, N tokens per dispatch, C packed columns.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tpjax import sampling
+from tpjax.cache import KVCache
+from tpjax.ops.embed import last_token
+from tpjax.sampling import Drawn, Rows
+from tpjax.weights import WeightTable
+
+Leaves = tuple[jax.Array, ...]
+
+
+def prefill(
+    table: WeightTable,
+    weights: Leaves,
+    cache: KVCache,
+    token_BT: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    packed_BC: jax.Array,
+) -> tuple[KVCache, Drawn]:
+    """Append ``count`` tokens of each sequence from position ``start`` on and draw the token that
+    follows them. A long prompt comes in several calls; only the last one's token is meant."""
+    rows = sampling.unpack(packed_BC)
+    model = table.module(weights)
+    position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
+    plan = table.plan
+    x_BTD, cache = model(
+        jax.reshard(token_BT, plan.spec("batch", None)),
+        jax.reshard(position_BT, plan.spec("batch", None)),
+        cache,
+    )
+    x_B1D = last_token(x_BTD, jax.reshard(count_B, plan.spec("batch")))
+    return cache, _draw(table, model, x_B1D, dataclasses.replace(rows, position_B=start_B + count_B - 1))
+
+
+def decode(
+    table: WeightTable, weights: Leaves, cache: KVCache, rows: Rows
+) -> tuple[KVCache, Drawn]:
+    """One token for every sequence: write the last token's keys and values, draw the next."""
+    plan, model = table.plan, table.module(weights)
+    token_B1 = jax.reshard(rows.token_B[:, None], plan.spec("batch", None))
+    position_B1 = jax.reshard(rows.position_B[:, None], plan.spec("batch", None))
+    x_B1D, cache = model(token_B1, position_B1, cache)
+    return cache, _draw(table, model, x_B1D, rows)
+
+
+def _draw(table: WeightTable, model, x_B1D: jax.Array, rows: Rows) -> Drawn:
+    plan = table.plan
+    logits_B1V = model.logits(x_B1D)
+    shape = (logits_B1V.shape[0], logits_B1V.shape[2])
+    logits_BV = plan.reshape(logits_B1V, shape, "batch", "vocab")
+    return sampling.sample(plan, table.config.vocab, logits_BV, rows)
+
+
+def decode_many(
+    table: WeightTable,
+    most: int,
+    weights: Leaves,
+    cache: KVCache,
+    packed_BC: jax.Array,
+    wanted: jax.Array,
+) -> tuple[KVCache, Drawn]:
+    """Up to ``wanted`` tokens (at most ``most``) for every sequence, stop conditions checked on the
+    device. Returns arrays with a leading axis N; -1 where a sequence had already ended."""
+    rows = sampling.unpack(packed_BC)
+    B = packed_BC.shape[0]
+    out = Drawn(
+        jnp.full((most, B), -1, jnp.int32),
+        jnp.zeros((most, B), jnp.float32),
+        jnp.zeros((most, B, sampling.MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((most, B, sampling.MAX_LOGPROBS), jnp.float32),
+    )
+
+    def going(state):
+        i, _, rows, _ = state
+        return (i < wanted) & jnp.any(rows.remaining_B > 0)
+
+    def body(state):
+        i, cache, rows, out = state
+        cache, drawn = decode(table, weights, cache, rows)
+        live_B = rows.remaining_B > 0
+        token_B = jnp.where(live_B, drawn.token_B, -1)
+        drawn = dataclasses.replace(drawn, token_B=token_B)
+        out = jax.tree.map(lambda all_, new: all_.at[i].set(new), out, drawn)
+        stop_B = jnp.any(token_B[:, None] == rows.stop_BE, axis=-1) | (token_B < 0)
+        rows = dataclasses.replace(
+            rows,
+            token_B=jnp.where(live_B & (token_B >= 0), token_B, rows.token_B),
+            position_B=rows.position_B + live_B.astype(jnp.int32),
+            remaining_B=jnp.where(stop_B, 0, rows.remaining_B - live_B.astype(jnp.int32)),
+        )
+        return i + 1, cache, rows, out
+
+    _, cache, _, out = jax.lax.while_loop(going, body, (jnp.int32(0), cache, rows, out))
+    return cache, out
+
+
+def insert(table: WeightTable, cache: KVCache, one: KVCache, slot_D: jax.Array) -> KVCache:
+    """Copy the sequences of ``one``, a cache of a single row per replica, into row ``slot`` of each
+    replica's part of ``cache``; a negative slot copies nothing."""
+    plan = table.plan
+    held = plan.spec("batch", "kv_heads", None, None)
+
+    def local(cache_BKSH, one_1KSH, slot_1):
+        slot = jnp.maximum(slot_1[0], 0)
+        zero = slot * 0
+        old = jax.lax.dynamic_slice_in_dim(cache_BKSH, slot, 1, axis=0)
+        new = jnp.where(slot_1[0] < 0, old, one_1KSH)
+        return jax.lax.dynamic_update_slice(cache_BKSH, new, (slot, zero, zero, zero))
+
+    island = jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(held, held, plan.spec("batch")),
+        out_specs=held,
+        check_vma=False,
+    )
+    slot_D = jax.reshard(slot_D, plan.spec("batch"))
+    return jax.tree.map(lambda into, new: island(into, new, slot_D), cache, one)
+
+
+def score(
+    table: WeightTable,
+    weights: Leaves,
+    cache: KVCache,
+    token_BT: jax.Array,
+    start_B: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Like prefill, but returns float32 logits ``[B, T, V]`` of every position."""
+    plan, model = table.plan, table.module(weights)
+    position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
+    x_BTD, cache = model(
+        jax.reshard(token_BT, plan.spec("batch", None)),
+        jax.reshard(position_BT, plan.spec("batch", None)),
+        cache,
+    )
+    return cache, model.logits(x_BTD)
