@@ -1,7 +1,10 @@
 """Attention as its definition says it, the measure for every faster one.
 
-B sequences, T new tokens, S cache positions, N query heads, K key/value heads, G = N / K, H head dim.
+B sequences, T new tokens, S cache positions, N query heads, K key/value heads, G = N / K, H head dim,
+R = G T rows of one key/value head.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +19,15 @@ def attend(
     in float32; the weights are cast to the values' dtype before the second product."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    G = N // K
+    # Queries that share a key/value head become rows of one product; the small array is the one
+    # that is transposed, not the scores.
+    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     precision = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
-    score = jnp.einsum(
-        "BTKGH,BKSH->BKGTS",
-        q_BTKGH,
-        k_BKSH,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    score = dot("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).reshape(B, K, G, T, S)
     visible_BTS = jnp.arange(S)[None, None, :] <= position_BT[:, :, None]
     score = jnp.where(visible_BTS[:, None, None], score * scale, MASKED)
-    share = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum(
-        "BKGTS,BKSH->BTKGH",
-        share,
-        v_BKSH,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, H)
+    share = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, S)
+    out = dot("BKRS,BKSH->BKRH", share, v_BKSH).astype(q_BTNH.dtype)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
