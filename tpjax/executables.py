@@ -19,7 +19,7 @@ from tpjax.errors import UsageError
 from tpjax.weights import WeightTable
 
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
-CHUNKS = (16, 64, 256)  # prefill: tokens per call; longer prompts take several
+CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """A model folder: where it is, what it declares, and its tokenizer. No weights are read here."""
 
 import importlib.resources
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tpjax.checkpoint.safetensors import read_json
+from tpjax.checkpoint.safetensors import one_line, read_json
 from tpjax.config import DTYPES, ModelConfig
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family, find
@@ -32,21 +34,26 @@ def bundled() -> Path:
 def locate(model: str | Path) -> Path:
     """A local folder for a path or a hub id (``org/name``, downloaded once; HF_HOME and HF_TOKEN
     are honoured). Raises CheckpointError saying which of the two failed."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(f"model={model!r}: give a folder or a hub id of the form org/name")
+    name = os.fspath(model)
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path) and name:
         return path
-    if path.exists():
+    if os.path.exists(path) and name:
         raise CheckpointError(f"{model}: a file; give the folder that holds config.json")
-    name = str(model)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: no such folder, and not a hub id of the form org/name")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        shown = f"{name[:100]!r}" + ("..." if len(name) > 100 else "")
+        raise CheckpointError(f"{shown}: no such folder, and not a hub id of the form org/name")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as error:  # whatever the hub client raises, the user needs one line
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: no such folder, and the hub says: {first}") from error
+        raise CheckpointError(
+            f"{model}: no such folder, and the hub says: {one_line(error)};"
+            " check the name, the network and HF_TOKEN"
+        ) from error
 
 
 def read_folder(path: Path) -> ModelFolder:
@@ -82,25 +89,46 @@ def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
             f"{where}: auto_map asks to run code from the checkpoint (trust_remote_code), which"
             " tpjax never does; use a checkpoint whose model_type is built in"
         )
-    family = find(raw.get("model_type"), where)
+    kind = raw.get("model_type")
+    family = find(kind if kind is None or isinstance(kind, str) else repr(kind), where)
     import transformers
 
     transformers.logging.set_verbosity_error()
     try:
         hf = transformers.CONFIG_MAPPING[family.model_type].from_dict(raw).to_dict()
-        return family.config(hf), family
+        config = family.config(hf)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a config transformers itself refuses
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{where}: not a valid {family.model_type} config ({first})") from error
+        raise CheckpointError(
+            f"{where}: not a valid {family.model_type} config ({one_line(error)})"
+        ) from error
+    if wrong := impossible(config):
+        raise CheckpointError(f"{where}: not a valid {family.model_type} config ({wrong})")
+    return config, family
+
+
+def impossible(config: ModelConfig) -> str | None:
+    """What no model can have, though transformers lets it pass; None if nothing."""
+    sizes = ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_position")
+    for word in sizes:
+        if getattr(config, word) < 1:
+            return f"{word}={getattr(config, word)}: must be 1 or more"
+    if config.heads % config.kv_heads:
+        return f"heads={config.heads} is not a multiple of kv_heads={config.kv_heads}"
+    if config.head_dim % 2:
+        return f"head_dim={config.head_dim}: must be even"
+    for word in ("theta", "factor", "original_max_position"):
+        if not getattr(config.rope, word) > 0:
+            return f"rope {word}={getattr(config.rope, word)}: must be above 0"
+    return None
 
 
 def choose_dtype(asked: str, stored: str, platform: str) -> str:
     """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is both exact and the
     faster of the two (BENCHMARKS.md)."""
     if asked != "auto":
-        if asked not in DTYPES:
+        if not isinstance(asked, str) or asked not in DTYPES:
             raise UsageError(f"dtype={asked!r}: known are auto, {', '.join(DTYPES)}")
         return asked
     if platform == "cpu":
@@ -113,11 +141,13 @@ def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
 
 
 def eos_ids(generation: dict) -> tuple[int, ...]:
-    """Every end-of-sequence id the model declares."""
+    """Every end-of-sequence id the model declares; raises CheckpointError for what is no id."""
     eos = generation.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for id_ in ids:
+        if not isinstance(id_, int) or not -1 <= id_ < 2**31:
+            raise CheckpointError(f"eos_token_id={eos!r} in the generation config: not a token id")
+    return tuple(id_ for id_ in ids if id_ >= 0)  # some say -1 for none
 
 
 def load_tokenizer(folder: ModelFolder):
@@ -125,11 +155,15 @@ def load_tokenizer(folder: ModelFolder):
 
     Returns None where there is none: token ids in, token ids out.
     """
+    about = folder.path / "tokenizer_config.json"
+    if about.is_file() and "auto_map" in read_json(about):
+        raise CheckpointError(
+            f"{about}: auto_map asks to run code from the checkpoint (trust_remote_code), which"
+            " tpjax never does; use a checkpoint with a tokenizer.json"
+        )
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder.path / name).is_file() for name in names):
         return None
-    if "auto_map" in (read_json(p) if (p := folder.path / "tokenizer_config.json").is_file() else {}):
-        raise CheckpointError(f"{p}: auto_map asks to run code from the checkpoint; tpjax never does")
     import transformers
 
     try:
@@ -137,9 +171,11 @@ def load_tokenizer(folder: ModelFolder):
             str(folder.path), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder.path}: the tokenizer cannot be loaded ({first})") from error
-    highest = max(tokenizer.get_vocab().values())
+        raise CheckpointError(
+            f"{folder.path}: the tokenizer cannot be loaded ({one_line(error)});"
+            " download its files again"
+        ) from error
+    highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= folder.config.vocab:
         raise CheckpointError(
             f"{folder.path}: the tokenizer has id {highest}, but the embedding only"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from tpjax.checkpoint.safetensors import SafetensorsFolder
+from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder
 from tpjax.errors import CheckpointError, listing
 from tpjax.models import Family
 from tpjax.weights import WeightSpec, WeightTable
@@ -25,8 +25,8 @@ def load(
 ) -> tuple[jax.Array, ...]:
     """The flat leaves of ``table``, from a checkpoint that has exactly these weights.
 
-    Raises CheckpointError listing every missing, extra or mis-shaped tensor before anything is
-    read, and naming the weight that holds a NaN or an infinity.
+    Raises CheckpointError listing every missing, extra, mis-shaped or unreadable tensor before
+    anything is read, and naming the weight that holds a NaN or an infinity.
     """
     names = check(table, family, source)
     return tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
@@ -53,7 +53,13 @@ def check(table: WeightTable, family: Family, source: SafetensorsFolder) -> dict
     ]
     if shapes:
         problems.append(f"wrong shape: {listing(shapes, 4)}")
+    needed = [n for n in names.values() if n in stored]
+    unreadable = [f"{n} is {stored[n].dtype}" for n in needed if stored[n].dtype not in READABLE]
+    if unreadable:
+        known = ", ".join(READABLE)
+        problems.append(f"stored as {listing(unreadable)}: readable are {known}, convert it")
     if problems:
+        problems.append("config.json and weights must be of one model")
         raise CheckpointError(f"{source.folder}: {'; '.join(problems)}")
     return names
 
@@ -69,11 +75,14 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
         # Padding, rows that no checkpoint has, is zero.
         stop = [min(b, n) for (_, b), n in zip(bounds, spec.stored, strict=True)]
         index = tuple(slice(min(a, b), b) for (a, _), b in zip(bounds, stop, strict=True))
-        part = source.read(name, index)
-        if not all_finite(part):
-            file = source.tensors[name].file
-            raise CheckpointError(f"{file}: {name} holds a NaN or an infinity")
-        part = cast(part, spec.dtype)
+        stored = source.read(name, index)
+        part = cast(stored, spec.dtype)
+        # Nothing overflows float32, so there the stored half is looked at, which is less.
+        if not all_finite(stored if spec.dtype == np.float32 else part):
+            what = "holds a NaN or an infinity; download it again"
+            if all_finite(stored):
+                what = f"is too large for {spec.dtype.name}; use dtype=bfloat16 or float32"
+            raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
         shape = tuple(b - a for a, b in bounds)
         if part.shape == shape:
             return part
@@ -111,11 +120,11 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     for a in range(0, flat.size, _CHUNK):
         part = flat[a : a + _CHUNK]
         if widen:
-            np.left_shift(
-                part.view(np.uint16), 16, out=target[a : a + _CHUNK].view(np.uint32), dtype=np.uint32
-            )
+            bits = target[a : a + _CHUNK].view(np.uint32)
+            np.left_shift(part.view(np.uint16), 16, out=bits, dtype=np.uint32)
         else:
-            target[a : a + _CHUNK] = part.astype(dtype)
+            with np.errstate(over="ignore"):  # an infinity, which `put` refuses
+                target[a : a + _CHUNK] = part.astype(dtype)
     return out
 
 

@@ -5,6 +5,7 @@ checked without reading a weight, and turns what is wrong into one line each.
 """
 
 import json
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,27 +47,33 @@ class SafetensorsFolder:
         elif (folder / SINGLE).is_file():
             self._read_header(folder / SINGLE)
         else:
-            found = sorted(p.name for p in folder.glob("*.safetensors"))
+            names = ("*.safetensors", "*.bin", "*.pth", "*.gguf")
+            found = sorted(p.name for name in names for p in folder.glob(name))
             also = f"; found {listing(found, 3)}" if found else ""
-            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}{also}")
+            raise CheckpointError(
+                f"{folder}: neither {SINGLE} nor {INDEX}{also}; save the model as safetensors"
+            )
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map in the index; download it again")
-        for file in sorted(set(map(str, weight_map.values()))):
+        weight_map = {name: str(file) for name, file in weight_map.items()}
+        for file in sorted(set(weight_map.values())):
             path = self.folder / file
             # A link to elsewhere is how hub caches store files; a name that leads out is not.
             if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise CheckpointError(f"{index}: entry {file!r} points outside the folder")
-            if not path.is_file():
-                raise CheckpointError(f"{index}: names {file}, which is not there")
+                raise CheckpointError(
+                    f"{index}: entry {file!r} points outside the folder; every shard must be in it"
+                )
+            if not os.path.isfile(path):  # False, where Path.is_file raises, for an absurd name
+                raise CheckpointError(f"{index}: names {file!r}, which is not there; download it")
             self._read_header(path)
         wrong = [n for n, file in weight_map.items() if self._misplaced(n, self.folder / file)]
         if wrong:
             raise CheckpointError(
                 f"{index}: {len(wrong)} tensor(s) are not in the file the index names:"
-                f" {listing(wrong)}"
+                f" {listing(wrong)}; download the index and its files again, together"
             )
 
     def _misplaced(self, name: str, path: Path) -> bool:
@@ -75,26 +82,23 @@ class SafetensorsFolder:
     def _read_header(self, path: Path) -> None:
         try:
             handle = safe_open(path, framework="numpy")
-            for name in handle.keys():  # noqa: SIM118 - not a dict
+            for name in handle.keys():
                 view = handle.get_slice(name)
                 self.tensors[name] = TensorInfo(path, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
-            reason = str(error).removeprefix("Error while deserializing header: ")
+            reason = one_line(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({reason}); download it again"
             ) from error
         self._open[path] = handle
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A contiguous copy of one slice, in the stored dtype."""
+        """A contiguous copy of one slice, in the stored dtype, one of `READABLE`."""
         info = self.tensors[name]
-        if info.dtype not in READABLE:
-            known = ", ".join(READABLE)
-            raise CheckpointError(f"{info.file}: {name} is {info.dtype}; readable are {known}")
         try:
             part = self._open[info.file].get_slice(name)[index]  # type: ignore[attr-defined]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{info.file}: cannot read {name} ({error})") from error
+            raise CheckpointError(f"{info.file}: cannot read {name} ({one_line(error)})") from error
         with self._lock:
             self.bytes_read += part.nbytes
         return part
@@ -106,8 +110,19 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({one_line(error)}); repair it or download it again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not a JSON object; download it again"
+        )
     return content
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of another library says, as part of one line."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    line = " ".join(str(said).split()) or type(error).__name__
+    return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -29,6 +29,8 @@ class Engine:
     def run(self, requests: Sequence[Request], *, tokens: int | None = None) -> Iterator[Request]:
         """Run all requests, yielding each one whenever it has new tokens. ``tokens``: how many per
         dispatch; None is as many as nobody waits for."""
+        for request in requests:
+            request.start()
         waiting = deque(requests)
         batch = self.exe.buckets.batch_for(len(requests))
         slots: list[Request | None] = [None] * batch

@@ -120,6 +120,13 @@ class LLM:
         """Build every executable generation can use: no compile happens after this."""
         self.executables.build(self.executables.all_names())
 
+    def prepare(self, prompts: Prompt | Sequence[Prompt]) -> None:
+        """Build only what these prompts will need, now."""
+        self._build_for(self._requests(prompts, None))
+
+    def _build_for(self, requests: list[Request]) -> None:
+        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -134,7 +141,7 @@ class LLM:
         requests = self._requests(prompts, sampling_params)
         if not requests:
             return []
-        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
+        self._build_for(requests)
         for request in self._engine.run(requests):
             if on_progress:
                 on_progress(request)
@@ -149,7 +156,7 @@ class LLM:
             raise UsageError("stream takes one prompt; use generate for several")
         if self.tokenizer is None:
             raise UsageError(f"{self.folder.path}: no tokenizer, so there is no text to stream")
-        self.executables.build(self.executables.for_requests([len(requests[0].prompt_ids)]))
+        self._build_for(requests)
         return self._pieces(requests)
 
     def _pieces(self, requests: list[Request]) -> Iterator[str]:

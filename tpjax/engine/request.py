@@ -117,8 +117,11 @@ class Request:
         self.stop_ids = tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
         self._eos = set(eos)
         self.detokenizer = self.tokenizer and Detokenizer(self.tokenizer, self.params.stop)
-        self._arrived = time.perf_counter()
-        self._first = self._last = 0.0
+        self._started = self._first = self._last = 0.0
+
+    def start(self) -> None:
+        """The clock of the timings starts: everything is compiled, nothing has run."""
+        self._started = time.perf_counter()
 
     def row(self) -> Row:
         """What the device needs to go on: the last token has been drawn but not yet been read."""
@@ -165,8 +168,8 @@ class Request:
         )
         spent = self._last - self._first
         timings = Timings(
-            time_to_first_token=self._first - self._arrived,
-            total=self._last - self._arrived,
+            time_to_first_token=self._first - self._started,
+            total=self._last - self._started,
             tokens_per_second=(len(self.token_ids) - 1) / spent if spent > 0 else 0.0,
         )
         return RequestOutput(self.id, self.prompt, self.prompt_ids, [completion], timings)

@@ -73,4 +73,4 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 ``[B, T, V]``, split over the vocabulary; padded entries are meaningless."""
         table = self.embed.w if self.config.tie_embeddings else self.head
-        return linear(self.plan, x_BTD, value(table), "vocab")
+        return linear(self.plan, x_BTD, value(table), "vocab", "embed")

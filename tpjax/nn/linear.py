@@ -4,7 +4,7 @@ Weights are stored ``[out, in]``, as checkpoints hold them: column slices of the
 slices of the file, nothing is transposed at load, and in bfloat16 on a CPU this layout is the
 faster one (BENCHMARKS.md, "Weight layout").
 
-B sequences, T tokens, I input features, O output features.
+B sequences, T tokens, R = B T rows, I input features, O output features.
 """
 
 import jax
@@ -32,14 +32,13 @@ class Linear(nnx.Module):
         dtype: str,
         bias: bool = False,
     ):
-        (self.out_axis, out_size), (in_axis, in_size) = out, in_
+        (self.out_axis, out_size), (self.in_axis, in_size) = out, in_
         self.plan = plan
-        self.partial = plan.mesh_axes(in_axis)
-        self.w = weight((out_size, in_size), (self.out_axis, in_axis), dtype)
+        self.w = weight((out_size, in_size), (self.out_axis, self.in_axis), dtype)
         self.b = weight((out_size,), (self.out_axis,), dtype) if bias else None
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        y_BTO = linear(self.plan, x_BTI, value(self.w), self.out_axis, self.partial)
+        y_BTO = linear(self.plan, x_BTI, value(self.w), self.out_axis, self.in_axis)
         if self.b is None:
             return y_BTO.astype(x_BTI.dtype)
         b_O = value(self.b).astype(y_BTO.dtype)
@@ -51,10 +50,12 @@ def linear(
     x_BTI: jax.Array,
     w_OI: jax.Array,
     out_axis: str | None,
-    partial: tuple[str, ...] = (),
+    in_axis: str | None,
 ) -> jax.Array:
     """The product in float32, summed over the devices that share the input axis."""
-    axes = ("batch", None, out_axis)
-    out = plan.spec(*axes, partial=partial)
-    y_BTO = matmul(x_BTI, w_OI, out, pad_rows=plan.platform == "cpu")
-    return plan.sum(y_BTO, partial, *axes)[:, : x_BTI.shape[1]]
+    B, T, features = x_BTI.shape
+    x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
+    partial = plan.mesh_axes(in_axis)
+    y_RO = matmul(x_RI, w_OI, plan.spec("batch", out_axis, partial=partial), plan.platform)
+    y_RO = plan.sum(y_RO, partial, "batch", out_axis)[: B * T]
+    return plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)

@@ -21,12 +21,13 @@ AXES = ("data", "tensor", "rep")
 def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, devices=None) -> Mesh:
     """A mesh of ``data * tensor * rep`` devices with explicit axes.
 
-    Raises UsageError for a size below one and ResourceError when there are too few devices.
+    Raises UsageError for a size that is no whole number from 1 up, and ResourceError when there are
+    too few devices.
     """
     sizes = dict(zip(AXES, (data, tensor, rep), strict=True))
     for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"mesh axis {name}={size}: sizes start at 1")
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise UsageError(f"mesh axis {name}={size!r}: sizes are whole numbers, 1 or more")
     needed = math.prod(sizes.values())
     devices = jax.devices() if devices is None else list(devices)
     if needed > len(devices):
@@ -47,7 +48,16 @@ def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, devices=None) -> Mes
 
 def tensor_degree(mesh: Mesh) -> int:
     """Devices that one replica of the model is spread over."""
+    check_axes(mesh)
     return mesh.shape["tensor"] * mesh.shape["rep"]
+
+
+def check_axes(mesh: Mesh) -> None:
+    """Raise UsageError for a mesh whose axes are not `AXES`, in that order."""
+    if not isinstance(mesh, Mesh):
+        raise UsageError(f"mesh={mesh!r}: make it with tpjax.make_mesh")
+    if mesh.axis_names != AXES:
+        raise UsageError(f"mesh axes {mesh.axis_names}: make it with tpjax.make_mesh, axes {AXES}")
 
 
 def refusal(config: ModelConfig, tensor: int, rep: int) -> str | None:
@@ -85,8 +95,7 @@ def fit(mesh: Mesh, config: ModelConfig) -> Mesh:
 
     Raises UsageError naming the numbers that disagree and the nearest degrees that work.
     """
-    if set(mesh.axis_names) != set(AXES):
-        raise UsageError(f"mesh axes {mesh.axis_names}: make it with tpjax.make_mesh, axes {AXES}")
+    check_axes(mesh)
     tensor, rep = mesh.shape["tensor"], mesh.shape["rep"]
     if rep == 1:
         tensor, rep = split(config, tensor)

@@ -1,0 +1,43 @@
+"""How fast this machine's devices can read memory, measured now: the limit decode runs against."""
+
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_REPEATS = 7
+
+
+def read_bandwidth(platform: str, mib: int = 512) -> float:
+    """Bytes per second: the median over repeats, of the host's memory for ``cpu`` (all cores at
+    once, shared by forced devices) or of one accelerator's."""
+    return _host(mib) if platform == "cpu" else _device(mib)
+
+
+def _host(mib: int) -> float:
+    # One dot product per core reads its own block and nothing else; BLAS releases the GIL. It
+    # agrees with a C program that sums the same bytes (BENCHMARKS.md).
+    cores = len(os.sched_getaffinity(0))
+    blocks = [np.ones(mib << 18, np.float32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        return _rate(sum(b.nbytes for b in blocks), lambda: list(pool.map(lambda b: b @ b, blocks)))
+
+
+def _device(mib: int) -> float:
+    block = jnp.ones((mib << 18,), jnp.float32)
+    read = jax.jit(jnp.max).lower(block).compile()
+    return _rate(block.nbytes, lambda: jax.block_until_ready(read(block)))
+
+
+def _rate(nbytes: int, once) -> float:
+    once()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    return nbytes / statistics.median(seconds)

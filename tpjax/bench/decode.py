@@ -1,0 +1,119 @@
+"""`tpjax bench decode`: loading, compiling, prefill and greedy decode of one batch, as JSON.
+
+Decode time is the time for N + 1 tokens minus the time for one, so that prefill cancels out; every
+figure is a median over rounds, with its spread. Nothing compiles while it is measured.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tpjax.bench import record
+from tpjax.bench.bandwidth import read_bandwidth
+from tpjax.cache import KVCache
+from tpjax.errors import RunError, UsageError
+from tpjax.generate import start_devices
+
+
+def bench_decode(args: argparse.Namespace) -> int:
+    """Measure and print one JSON object; append a row to a file with ``--record``."""
+    for name in ("batch", "prompt_length", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.rounds < 5:
+        raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
+    tensor, data = start_devices(args)
+    result = measure(args, tensor, data)
+    print(json.dumps(result, indent=None if args.json else 2), flush=True)
+    if args.record:
+        record.append(Path(args.record), result)
+    return 0
+
+
+def measure(args: argparse.Namespace, tensor: int | None, data: int | None) -> dict:
+    from tpjax.checkpoint.folder import bundled
+    from tpjax.engine.llm import LLM
+    from tpjax.executables import compiles
+    from tpjax.report import Report
+    from tpjax.sampling import SamplingParams
+
+    report = Report(args.quiet)
+    llm = LLM(
+        args.config or args.model or bundled(),
+        tensor_parallel_size=tensor,
+        data_parallel_size=data,
+        dtype=args.dtype,
+        max_model_len=args.prompt_length + args.max_tokens + 1,
+        max_num_seqs=args.batch,
+        random_weights=args.config is not None,
+        progress=report.loading,
+        on_build=report.building,
+        say=report.say,
+    )
+    report.loaded(llm)
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.prompt_length)
+    prompts = rng.integers(0, llm.config.vocab, shape).tolist()
+    llm.prepare(prompts)
+
+    def run(tokens: int) -> float:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        start = time.perf_counter()
+        llm.generate(prompts, params)
+        return time.perf_counter() - start
+
+    run(1)
+    run(args.max_tokens + 1)
+    before = compiles.count
+    first, decode, bandwidth = [], [], []
+    for _ in range(args.rounds):
+        bandwidth.append(read_bandwidth(llm.plan.platform))
+        first.append(run(1))
+        decode.append(run(args.max_tokens + 1) - first[-1])
+    if compiles.count != before:
+        raise RunError(f"{compiles.count - before} compiles happened while measuring")
+
+    step_bytes = bytes_per_step(llm)
+    per_token = statistics.median(decode) / args.max_tokens
+    limit = statistics.median(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
+    tokens = args.batch * args.max_tokens
+    return {
+        "model": str(args.config or args.model or "bundled"),
+        "parameters": llm.table.parameters,
+        "mesh": dict(llm.plan.mesh.shape),
+        "platform": llm.plan.platform,
+        "dtype": llm.config.dtype,
+        "batch": args.batch,
+        "prompt_length": args.prompt_length,
+        "max_tokens": args.max_tokens,
+        "rounds": args.rounds,
+        "load_s": round(report.load_s, 3),
+        "compile_s": round(report.compile_s, 3),
+        "prefill_tok_s": round(args.batch * args.prompt_length / statistics.median(first), 2),
+        "decode_tok_s": round(tokens / statistics.median(decode), 2),
+        "decode_tok_s_spread": [round(tokens / t, 2) for t in (max(decode), min(decode))],
+        "ms_per_token": round(per_token * 1e3, 3),
+        "bytes_per_token": step_bytes,
+        "read_bandwidth": round(limit),
+        "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
+        **record.provenance(),
+    }
+
+
+def bytes_per_step(llm) -> int:
+    """What one decode step of the whole batch reads, on all devices together: every weight once per
+    replica (of an untied embedding only a few rows) and the whole cache."""
+    table, plan = llm.table, llm.plan
+    untied = 0 if llm.config.tie_embeddings else table.by_path["embed.w"].bytes_per_device
+    weights = (table.bytes_per_device - untied) * _devices(llm)
+    buckets = llm.executables.buckets
+    cache = KVCache.bytes_per_device(llm.config, plan, buckets.batch[-1], buckets.context)
+    return weights + cache * _devices(llm)
+
+
+def _devices(llm) -> int:
+    return llm.plan.mesh.devices.size

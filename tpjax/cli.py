@@ -1,0 +1,130 @@
+"""The `tpjax` command. Parsing only: jax is imported once the arguments are known to be good."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tpjax import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2 usage, 3 model, 4 resources, 5 while running)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    from tpjax.errors import RunError, TpjaxError
+
+    try:
+        return args.run(args)
+    except TpjaxError as error:
+        return _fail(args, error, error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        return 141
+    except Exception as error:
+        return _fail(args, error, RunError.exit_code)
+
+
+def _fail(args: argparse.Namespace, error: Exception, code: int) -> int:
+    if args.debug:
+        raise error
+    first = (str(error).strip().splitlines() or [""])[0]
+    kind = "" if hasattr(error, "exit_code") else f"{type(error).__name__}: "
+    hint = "" if hasattr(error, "exit_code") else " (--debug shows where)"
+    print(f"tpjax: error: {kind}{first}{hint}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="tpjax", description="Large language models over a named device mesh."
+    )
+    parser.add_argument("--version", action="version", version=f"tpjax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_generate(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        description="Complete prompts. Without arguments: the bundled model, on all accelerators"
+        " or, if there are none, on four forced CPU devices.",
+        epilog="example: tpjax generate --model meta-llama/Llama-3.2-1B -tp 2 --prompt 'Once'",
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR|ID", help="a folder or a hub id; default: the bundled model")
+    add("--prompt", action="append", metavar="TEXT", help="repeatable")
+    add("--prompts-file", metavar="FILE", help="one prompt per line; - is standard input")
+    _add_mesh(parser)
+    add("--max-model-len", type=int, metavar="N", help="prompt plus generated tokens")
+    add("--max-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    model_default = "default: the model's generation config"
+    add("--temperature", type=float, metavar="T", help=f"0 is greedy; {model_default}")
+    add("--top-k", type=int, metavar="K", help=model_default)
+    add("--top-p", type=float, metavar="P", help=model_default)
+    add("--min-p", type=float, metavar="P", help=model_default)
+    add("--seed", type=int, default=0, metavar="N", help="of every prompt; default: %(default)s")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end there; repeatable")
+    add("--stream", action="store_true", help="print text as it is made, prompt by prompt")
+    add("--json", action="store_true", help="one JSON object per prompt")
+    add("--quiet", action="store_true", help="results only")
+    add("--debug", action="store_true", help="show tracebacks")
+
+    def run(args: argparse.Namespace) -> int:
+        from tpjax.generate import generate
+
+        return generate(args)
+
+    parser.set_defaults(run=run)
+
+
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices per replica")
+    add("--data-parallel-size", type=int, metavar="N", help="replicas; default: 1")
+    add("--devices", type=int, metavar="N", help="force N CPU devices")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: %(default)s")
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure", description="Measure.")
+    kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
+    parser = kinds.add_parser(
+        "decode",
+        help="loading, compiling, prefill and decode",
+        description="Measure loading, compiling, prefill and greedy decode; one JSON object.",
+        epilog="example: tpjax bench decode --config config.json -tp 2 --dtype float32 --json",
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR|ID", help="default: the bundled model")
+    source.add_argument("--config", metavar="FILE", help="a config.json, with random weights")
+    _add_mesh(parser)
+    add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
+    add("--prompt-length", type=int, default=128, metavar="N", help="default: %(default)s")
+    add("--max-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
+    add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
+    add("--json", action="store_true", help="one line of JSON (else indented)")
+    add("--quiet", action="store_true", help="results only")
+    add("--debug", action="store_true", help="show tracebacks")
+
+    def run(args: argparse.Namespace) -> int:
+        from tpjax.bench.decode import bench_decode
+
+        return bench_decode(args)
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

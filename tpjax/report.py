@@ -1,0 +1,62 @@
+"""What a command tells its user while it works: on standard error, or not at all with --quiet."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from tqdm import tqdm
+
+from tpjax.engine.llm import LLM
+from tpjax.executables import Built
+from tpjax.parallel.mesh import picture
+from tpjax.weights import WeightSpec
+
+GB = 1e9
+
+
+class Report:
+    """Loading bar, compile lines, the mesh as a picture, memory and speed."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.load_s = 0.0
+        self.compile_s = 0.0
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def loading(self, specs: Iterable[WeightSpec]) -> Iterator[WeightSpec]:
+        """Progress in bytes, weight by weight."""
+        specs = list(specs)
+        start = time.perf_counter()
+        total = sum(spec.bytes for spec in specs)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="loading", disable=self.quiet, leave=False
+        ) as bar:
+            for spec in specs:
+                yield spec
+                bar.update(spec.bytes)
+        self.load_s = time.perf_counter() - start
+
+    def building(self, name: str, number: int, total: int) -> Callable[[Built], None]:
+        """``compiling decode[b8] 2/5 ... 4.1 s, cached next time``"""
+        if not self.quiet:
+            print(f"compiling {name} {number}/{total} ...", end="", file=sys.stderr, flush=True)
+
+        def done(built: Built) -> None:
+            self.compile_s += built.seconds
+            source = "from the cache" if built.from_cache else "cached next time"
+            self.say(f" {built.seconds:.1f} s, {source}")
+
+        return done
+
+    def loaded(self, llm: LLM) -> None:
+        """The mesh and what it holds, once the weights are there."""
+        memory = llm.memory
+        self.say(picture(llm.plan.mesh, llm.config))
+        self.say(
+            f"per device: weights {memory.weights / GB:.3f} GB, cache {memory.cache / GB:.3f} GB"
+            f" of {memory.available / GB:.1f} GB; {llm.table.parameters / 1e6:,.1f} M parameters in"
+            f" {llm.config.dtype}, loaded in {self.load_s:.1f} s"
+        )
