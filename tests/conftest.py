@@ -1,8 +1,13 @@
 """Eight forced CPU devices and strict jax, for every test; small models shared by the session."""
 
+import tempfile
+
 import jax
 import pytest
 
+_cache = tempfile.TemporaryDirectory(prefix="tpjax-test-cache-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)  # never the user's own
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -72,9 +72,12 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
         devices_of.setdefault(key, []).append(device)
 
     def read(bounds) -> np.ndarray:
-        # Padding, rows that no checkpoint has, is zero.
+        # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
+        shape = tuple(b - a for a, b in bounds)
         stop = [min(b, n) for (_, b), n in zip(bounds, spec.stored, strict=True)]
-        index = tuple(slice(min(a, b), b) for (a, _), b in zip(bounds, stop, strict=True))
+        index = tuple(slice(a, b) for (a, _), b in zip(bounds, stop, strict=True))
+        if any(s.start >= s.stop for s in index):
+            return np.zeros(shape, spec.dtype)
         stored = source.read(name, index)
         part = cast(stored, spec.dtype)
         # Nothing overflows float32, so there the stored half is looked at, which is less.
@@ -83,7 +86,6 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
             if all_finite(stored):
                 what = f"is too large for {spec.dtype.name}; use dtype=bfloat16 or float32"
             raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
-        shape = tuple(b - a for a, b in bounds)
         if part.shape == shape:
             return part
         padded = np.zeros(shape, spec.dtype)
@@ -123,7 +125,7 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
             bits = target[a : a + _CHUNK].view(np.uint32)
             np.left_shift(part.view(np.uint16), 16, out=bits, dtype=np.uint32)
         else:
-            with np.errstate(over="ignore"):  # an infinity, which `put` refuses
+            with np.errstate(over="ignore", invalid="ignore"):  # `put` refuses what comes of it
                 target[a : a + _CHUNK] = part.astype(dtype)
     return out
 

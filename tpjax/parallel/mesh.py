@@ -33,7 +33,7 @@ def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, devices=None) -> Mes
     if needed > len(devices):
         kind = devices[0].platform if devices else "no"
         hint = (
-            f'; on a CPU force them with --devices {needed}, or jax.config.update('
+            f"; on a CPU force them with --devices {needed}, or jax.config.update("
             f'"jax_num_cpu_devices", {needed}) before the first use of jax'
             if kind == "cpu"
             else ""

@@ -1,0 +1,189 @@
+"""The comparison with transformers is sharp: each of these wrong programs fails it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tests import tiny
+from tests.reference import agrees, load
+from tpjax.config import Rope
+from tpjax.models import find
+from tpjax.models import llama as family
+from tpjax.nn import attention, embed
+from tpjax.nn.linear import Linear
+from tpjax.nn.norm import RMSNorm
+from tpjax.nn.param import value
+from tpjax.ops import attention_ref
+from tpjax.plan import Plan
+
+# Everything a mutation could hide behind is on: at tensor=4 each device has two key/value heads
+# with two query heads each, a part of the vocabulary, and a part of every row-parallel product.
+FACTS = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 2,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": tiny.LLAMA3_ROPE,
+}
+
+
+@pytest.fixture
+def right(tiny_model):
+    """Whether tpjax, as it is at the moment of the call, agrees with transformers."""
+    folder, hf = tiny_model(**FACTS)
+    return lambda: agrees(load(folder, 4, max_model_len=64), hf)
+
+
+def attending(change):
+    """A mutation that hands the attention over the cache other arguments."""
+    attend = attention_ref.attend
+
+    def mutate(patch):
+        patch.setattr(attention_ref, "attend", lambda *args: attend(*change(*args)))
+
+    return mutate
+
+
+def rope_scaling_dropped(patch):
+    patch.setattr(family, "rope", lambda parameters: Rope(theta=parameters["rope_theta"]))
+
+
+def gate_and_up_swapped(patch):
+    names = find("llama", "here").names
+    for leaf in ("w", "b"):
+        gate, up = (f"blocks.{{layer}}.mlp.{half}.{leaf}" for half in ("gate", "up"))
+        gates, ups = names[gate], names[up]
+        patch.setitem(names, gate, ups)
+        patch.setitem(names, up, gates)
+
+
+def bias_counted_once_per_device(patch):
+    call = Linear.__call__
+
+    def wrong(self, x):
+        others = self.plan.tensor_degree - 1 if self.out_axis == "embed" else 0
+        return call(self, x) + jnp.float32(others) * value(self.b)[None, None]
+
+    patch.setattr(Linear, "__call__", wrong)
+
+
+def sum_missing(patch):
+    def wrong(self, y, partial, *axes):
+        if not partial:
+            return y
+        specs = {"in_specs": self.spec(*axes, partial=partial), "out_specs": self.spec(*axes)}
+        return jax.shard_map(lambda mine: mine, **specs, check_vma=False)(y)
+
+    patch.setattr(Plan, "sum", wrong)
+
+
+def norm_weight_dropped(patch):
+    call = RMSNorm.__call__
+    patch.setattr(RMSNorm, "__call__", lambda self, x: call(self, x) / value(self.w)[None, None])
+
+
+def norm_eps_of_another_model(patch):
+    init = RMSNorm.__init__
+    wrong = lambda self, size, *, eps, dtype: init(self, size, eps=1e-5, dtype=dtype)  # noqa: E731
+    patch.setattr(RMSNorm, "__init__", wrong)
+
+
+def rope_interleaved(patch):
+    def wrong(x, cos_sin):
+        cos, sin = cos_sin
+        a, b = x[..., 0::2], x[..., 1::2]
+        return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+
+    patch.setattr(attention, "rotate", wrong)
+
+
+def embedding_without_mask(patch):
+    def wrong(plan, table, token):
+        axes = plan.mesh_axes("vocab")
+
+        def local(table, token):
+            row = token - jax.lax.axis_index(axes) * table.shape[0]
+            return jax.lax.psum(table[jnp.clip(row, 0, table.shape[0] - 1)], axes)
+
+        specs = (plan.spec("vocab", "embed"), plan.spec("batch", None))
+        out = plan.spec("batch", None, "embed")
+        return jax.shard_map(local, mesh=plan.mesh, in_specs=specs, out_specs=out)(table, token)
+
+    patch.setattr(embed, "lookup", wrong)
+
+
+def tiled(q, k):
+    """One key/value head per query head, but in the order 0 1 0 1 where 0 0 1 1 is right."""
+    return jnp.tile(k, (1, q.shape[2] // k.shape[1], 1, 1))
+
+
+MUTATIONS = {
+    f.__name__: f
+    for f in (
+        rope_scaling_dropped,
+        gate_and_up_swapped,
+        bias_counted_once_per_device,
+        sum_missing,
+        norm_weight_dropped,
+        norm_eps_of_another_model,
+        rope_interleaved,
+        embedding_without_mask,
+    )
+} | {
+    "kv_heads_tiled": attending(lambda q, k, v, *rest: (q, tiled(q, k), tiled(q, v), *rest)),
+    "mask_shows_the_next_token": attending(lambda q, k, v, at, scale: (q, k, v, at + 1, scale)),
+    "mask_hides_the_own_token": attending(lambda q, k, v, at, scale: (q, k, v, at - 1, scale)),
+    "softmax_scale_of_embed": attending(lambda q, k, v, at, _: (q, k, v, at, 64**-0.5)),
+}
+
+
+def test_unmutated(right):
+    """The program these mutations start from agrees."""
+    assert right()
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS.values(), ids=MUTATIONS)
+def test_mutation_is_caught(right, monkeypatch, mutate):
+    """A wrong program runs to its end, on four devices, and its logits are not transformers'."""
+    mutate(monkeypatch)
+    assert not right()
+
+
+def norm_is_right() -> bool:
+    """Whether RMSNorm in bfloat16 gives transformers' bits. One element in a thousand may differ:
+    the two square roots do in their last bit, and rarely that decides a rounding."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(0, 3, (1, 512, 64)), rng.uniform(0.5, 1.5, 64)
+    theirs = LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
+    theirs.weight.data = torch.tensor(w, dtype=torch.bfloat16)
+    want = theirs(torch.tensor(x, dtype=torch.bfloat16)).detach().float().numpy()
+    ours = RMSNorm(64, eps=1e-5, dtype="bfloat16")
+    ours.w[...] = jnp.asarray(w, jnp.bfloat16)
+    graph, state = nnx.split(ours)
+    got = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, jnp.asarray(x, jnp.bfloat16))
+    return bool(np.mean(np.asarray(got, np.float32) != want) < 1e-3)
+
+
+def in_bfloat16(self, x):
+    mean = jnp.mean(x * x, axis=-1, keepdims=True)
+    return value(self.w)[None, None] * (x * jax.lax.rsqrt(mean + jnp.bfloat16(self.eps)))
+
+
+def weight_before_the_cast(self, x):
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+    return (value(self.w).astype(jnp.float32)[None, None] * (x32 * scale)).astype(x.dtype)
+
+
+@pytest.mark.parametrize("wrong", [in_bfloat16, weight_before_the_cast])
+def test_norm_cast_is_caught(monkeypatch, wrong):
+    """The norm is float32 inside and cast before the weight; neither may be left out."""
+    assert norm_is_right()
+    monkeypatch.setattr(RMSNorm, "__call__", wrong)
+    assert not norm_is_right()
