@@ -26,6 +26,7 @@ from tpjax import SamplingParams
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.errors import CheckpointError, ResourceError, RunError, TpjaxError, UsageError
+from tpjax.executables import compiles
 from tpjax.parallel.mesh import AXES, fit, make_mesh
 from tpjax.plan import Plan
 
@@ -36,9 +37,12 @@ NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 
 @contextmanager
 def refused(error, *said):
-    """The block raises exactly this error, in one line that holds all of ``said``."""
+    """The block raises exactly this error, in one line that holds all of ``said``, and compiles
+    nothing for it."""
+    before = compiles.count
     with pytest.raises(TpjaxError) as caught:
         yield
+    assert compiles.count == before
     line = str(caught.value)
     assert type(caught.value) is error and caught.value.exit_code == EXIT[error], line
     assert len(line.splitlines()) == 1, line
@@ -82,8 +86,9 @@ def key(name):
 
 
 @pytest.mark.parametrize("model", ["nowhere", "a/b/c", "./a/b", "/no/such", "~nobody/y", "", "\0"])
-def test_neither_a_folder_nor_a_hub_id(model):
+def test_neither_a_folder_nor_a_hub_id(model, monkeypatch):
     """Nothing is asked of the hub for a name that cannot be a hub id."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with refused(CheckpointError, f"{model!r}: no such folder", "org/name"):
         tpjax.LLM(model)
 

@@ -1,0 +1,1 @@
+"""Command-line tools for checkpoints. They import tpjax and are never imported by it."""

@@ -1,0 +1,158 @@
+"""The command as a user runs it: output, exit codes, one clear line for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tpjax import cli
+from tpjax.bench import record
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
+    """A fresh process of examples/generate.py or of the command."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=clean | env, timeout=300
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    first = run("examples/generate.py", XDG_CACHE_HOME=cache)
+    second = run("-m", "tpjax.cli", "generate", XDG_CACHE_HOME=cache)
+    return first, second
+
+
+def test_without_arguments_it_makes_text_on_four_devices(default_run):
+    first, second = default_run
+    assert len(first.stdout.split()) >= 40 and first.stdout == second.stdout
+    assert first.stdout.count("\n") >= 5 and ":\n" in first.stdout  # lines and speakers
+    for told in ("mesh data=1 x tensor=4 x rep=1", "heads     2-3  kv 1", "per device: weights"):
+        assert told in first.stderr
+    assert "first token after" in first.stderr and "tokens/s" in first.stderr
+
+
+def test_it_starts_quietly_although_the_cuda_plugin_is_installed(default_run):
+    """The plugin is there (the test extra installs it), a GPU is not."""
+    for done in default_run:
+        for noise in ("cudart", "absl", "Traceback", "Unable to load CUDA", "Warning", "warning"):
+            assert noise not in done.stderr
+
+
+def test_the_second_start_compiles_nothing(default_run):
+    first, second = default_run
+    assert first.stderr.count("cached next time") == 3 and "from the cache" not in first.stderr
+    assert second.stderr.count("from the cache") == 3 and "cached next time" not in second.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"], ["--wrong"]])
+def test_help_and_usage_errors_answer_at_once(words):
+    """Under 0.3 s, without importing jax; the best of three, the machine may be busy."""
+    code = 2 if "--wrong" in words else 0
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run("-X", "importtime", "-m", "tpjax.cli", *words, code=code)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+    imported = run("-X", "importtime", "-m", "tpjax.cli", *words, code=code).stderr
+    assert " jax" not in imported and "transformers" not in imported
+
+
+def test_the_users_own_xla_flags_win():
+    """An unrelated flag is kept beside ours, and ours gives way to the user's value of the same."""
+    code = "import os; from tpjax import env; env.start(); print(os.environ['XLA_FLAGS'])"
+    kept = run("-c", code, XLA_FLAGS="--xla_cpu_enable_fast_math=false").stdout
+    assert "--xla_cpu_enable_fast_math=false" in kept and "ynn" in kept
+    mine = "--xla_cpu_experimental_ynn_fusion_type=invalid"
+    assert run("-c", code, XLA_FLAGS=mine).stdout.strip() == mine
+
+
+def main(capsys, *words: str):
+    code = cli.main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_has_one_object_per_prompt(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("KING\n\nQUEEN\n")
+    words = ["generate", "--prompt", "ROMEO", "--prompts-file", str(file), "--json", "--quiet"]
+    code, out, err = main(capsys, *words, "--max-tokens", "4", "--temperature", "0")
+    assert code == 0 and err == ""
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["ROMEO", "KING", "QUEEN"]
+    for line in lines:
+        assert set(line) == {"prompt", "text", "token_ids", "finish_reason"}
+        assert len(line["token_ids"]) == 4 and line["finish_reason"] == "length"
+
+
+def test_streamed_and_whole_text_are_the_same(capsys):
+    words = ["generate", "--prompt", "KING", "--max-tokens", "12", "--quiet", "--seed", "4"]
+    _, whole, _ = main(capsys, *words)
+    code, streamed, _ = main(capsys, *words, "--stream")
+    assert code == 0 and streamed == whole
+
+
+@pytest.mark.parametrize(
+    "words, code, told",
+    [
+        (["--temperature", "-1"], 2, "temperature=-1.0"),
+        (["--max-tokens", "0"], 2, "max_tokens=0"),
+        (["--prompts-file", "/nowhere/at/all"], 2, "/nowhere/at/all"),
+        (["--prompt", ""], 2, "empty prompt"),
+        (["-tp", "0"], 2, "--tensor-parallel-size 0"),
+        (["-tp", "3"], 2, "nearest tensor degrees that work are 2 or 4"),
+        (["--dtype", "int3"], 2, "int3"),
+        (["--model", "/nowhere/at/all"], 3, "no such folder"),
+        (["--model", "tests/data"], 3, "no config.json"),
+        (["-tp", "8", "--data-parallel-size", "4"], 4, "needs 32 devices"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_its_exit_code(capsys, words, code, told):
+    got, out, err = main(capsys, "generate", "--quiet", *words)
+    assert (got, out) == (code, "") and told in err
+    assert err.startswith("tpjax: error: ") and err.count("\n") == 1
+
+
+def test_an_unexpected_failure_is_one_line_too_and_debug_shows_it_all(capsys, monkeypatch):
+    def broken(args):
+        raise ZeroDivisionError("of all things\nand more")
+
+    monkeypatch.setattr("tpjax.generate.generate", broken)
+    code, _, err = main(capsys, "generate")
+    assert code == 5 and err.count("\n") == 1 and "ZeroDivisionError: of all things" in err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", "--debug"])
+
+
+def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text("# Benchmarks\n\nWords.\n")
+    words = ["bench", "decode", "-tp", "2", "--prompt-length", "9", "--max-tokens", "6", "--batch", "2"]
+    code, out, _ = main(capsys, *words, "--json", "--quiet", "--record", str(file))
+    assert code == 0 and out.count("\n") == 1
+    result = json.loads(out)
+    for name in (
+        "load_s compile_s prefill_tok_s decode_tok_s ms_per_token bytes_per_token"
+        " read_bandwidth read_bandwidth_share"
+    ).split():
+        assert result[name] > 0, name
+    # What a step reads: every weight of this tied model once, and the cache of two sequences.
+    cache = 2 * 5 * 2 * 32 * 4 * 32 * 4
+    assert result["bytes_per_token"] == 4 * result["parameters"] + 2 * 4 * 11 * 256 // 2 + cache
+    text = file.read_text()
+    assert text.startswith("# Benchmarks\n\nWords.\n") and record.HEADING in text
+    assert text.splitlines()[-1].count("|") == record.COLUMNS.count("|") + 2
+    code, _, err = main(capsys, "bench", "decode", "--rounds", "1")
+    assert code == 2 and "--rounds 1" in err
