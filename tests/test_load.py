@@ -1,7 +1,10 @@
 """What lies on every device after loading is exactly what the file holds, each byte read once."""
 
+import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import jax
@@ -16,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.checkpoint.safetensors import SafetensorsFolder
+from tpjax.errors import CheckpointError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
@@ -141,6 +145,29 @@ def test_stored_and_wanted_dtypes(folder, tmp_path, stored, dtype):
         assert same_bits(np.asarray(leaf), padded(spec, tensor).astype(DTYPES[dtype])), spec.path
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
+@pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4)])
+def test_a_few_rows_at_a_time(folder, data, tensor, chunk, monkeypatch):
+    """However few rows are read together, leaves and bytes read are the same."""
+    monkeypatch.setattr(load, "_CHUNK", chunk)
+    weights, source = loaded(folder, data, tensor)
+    assert source.bytes_read == sum(stored.nbytes for _, stored, _ in weights)
+    for spec, stored, leaf in weights:
+        assert same_bits(np.asarray(leaf), padded(spec, stored)), spec.path
+
+
+@pytest.mark.parametrize("row", [0, 1, 70, 130])
+def test_a_nan_in_any_row_is_found(folder, tmp_path, row, monkeypatch):
+    """Each chunk of rows is looked at, the last one too."""
+    monkeypatch.setattr(load, "_CHUNK", 128)
+    copy = shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"][row, 63] = np.nan
+    save_file(tensors, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match="lm_head.weight holds a NaN"):
+        loaded(copy, tensor=4)
+
+
 # --- which files, which tensors
 
 
@@ -229,6 +256,12 @@ def numpy_cast(x, dtype):
         return x.astype(DTYPES[dtype])
 
 
+def cast(x, dtype):
+    out = np.empty(x.shape, DTYPES[dtype])
+    load.cast_into(out, x)
+    return out
+
+
 def is_nan(x):
     with np.errstate(invalid="ignore"):  # what ml_dtypes says of a signalling NaN
         return np.isnan(x)
@@ -241,13 +274,12 @@ def is_finite(x):
 
 @pytest.mark.parametrize("wanted", DTYPES)
 @pytest.mark.parametrize("stored", DTYPES)
-def test_cast_is_round_to_nearest_even(stored, wanted, monkeypatch):
+def test_cast_is_round_to_nearest_even(stored, wanted):
     """Bit for bit what numpy and ml_dtypes give, and what torch gives, for all 16-bit patterns and
-    for every float32 near a tie; in any number of chunks."""
+    for every float32 near a tie."""
     x = patterns(stored)
     x = x[~is_nan(x)]
-    monkeypatch.setattr(load, "_CHUNK", 10_007)
-    got = load.cast(x, np.dtype(DTYPES[wanted]))
+    got = cast(x, wanted)
     assert same_bits(got, numpy_cast(x, wanted))
     bits = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}
     signed = x.view(BITS[stored]).view(f"i{x.itemsize}").copy()
@@ -268,7 +300,7 @@ def test_cast_of_any_bits(stored, wanted):
     @given(raw(stored))
     def check(x):
         x = x[~is_nan(x)].reshape(-1, 1)
-        assert same_bits(load.cast(x, np.dtype(DTYPES[wanted])), numpy_cast(x, wanted))
+        assert same_bits(cast(x, wanted), numpy_cast(x, wanted))
 
     check()
 
@@ -279,12 +311,7 @@ def test_cast_keeps_not_a_number(dtype):
     for stored in DTYPES:
         x = patterns(stored)
         x = x[is_nan(x)]
-        assert len(x) and is_nan(load.cast(x, np.dtype(DTYPES[dtype]))).all()
-
-
-def test_cast_to_the_same_dtype_copies_nothing():
-    x = np.ones(5, np.float32)
-    assert load.cast(x, np.dtype(np.float32)) is x
+        assert len(x) and is_nan(cast(x, dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -298,9 +325,8 @@ def test_all_finite_of_each_number(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_finite_of_any_bits(dtype, monkeypatch):
-    """Whatever the shape, wherever the chunk's edge."""
-    monkeypatch.setattr(load, "_CHUNK", 7)
+def test_all_finite_of_any_bits(dtype):
+    """Whatever the shape and the strides."""
 
     @settings(max_examples=150, deadline=None)
     @given(raw(dtype))
@@ -308,6 +334,7 @@ def test_all_finite_of_any_bits(dtype, monkeypatch):
         expected = bool(is_finite(x).all())
         assert load.all_finite(x) is expected
         assert load.all_finite(x.reshape(-1, 1)) is expected
+        assert load.all_finite(np.stack([x, x], axis=-1)[:, 1]) is expected
 
     check()
     assert load.all_finite(np.zeros((0, 3), DTYPES[dtype]))
@@ -333,3 +360,15 @@ def test_random_weights(folder, data, tensor, dtype):
         else:
             assert (x == 1).all()
     assert len(one) == len(table.specs) and all(isinstance(x, jax.Array) for x in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored, dtype", [("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_loading_takes_little_more_memory_than_the_weights(stored, dtype):
+    """A checkpoint of 1.03 GB at tensor=4, the largest weight a quarter of it: less than 300 MB
+    beyond the weights themselves."""
+    words = ["-m", "tpjax.bench.load_memory", "-tp", "4", "--stored", stored, "--dtype", dtype]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["weights_bytes"] > 1e9
+    assert result["beyond_weights_bytes"] < 300e6, result

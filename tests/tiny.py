@@ -47,6 +47,6 @@ def make(folder: Path, *, seed: int = 0, eos_token_id=None, dtype=torch.float32,
                 parameter.normal_(0, 0.5)
             else:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
-    model.eval()
     model.to(dtype).save_pretrained(folder)
-    return model.float()
+    # Read back, not cast back: a cast would also have rounded the rotary frequencies.
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,7 +1,7 @@
 """Weights onto devices: every device's slice is read, checked, cast and put where it belongs.
 
-Host memory in flight: one weight (its slices, in the stored and in the wanted dtype). No full copy
-of the model ever exists on the host.
+Host memory in flight: on a CPU a few rows beyond the weights themselves; on an accelerator one
+weight's slices on their way. No full copy of the model ever exists on the host.
 """
 
 import math
@@ -17,7 +17,7 @@ from tpjax.models import Family
 from tpjax.weights import WeightSpec, WeightTable
 
 Progress = Callable[[Iterable[WeightSpec]], Iterable[WeightSpec]]
-_CHUNK = 1 << 22  # elements looked at together when checking or casting: a few tens of MB
+_CHUNK = 1 << 21  # elements read, cast and checked together: at most 24 MB with both dtypes
 
 
 def load(
@@ -68,32 +68,11 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
     """One weight on its devices. Slices that several devices share are read once."""
     devices_of: dict[tuple, list] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
+        assert index is not None
         key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
         devices_of.setdefault(key, []).append(device)
-
-    def read(bounds) -> np.ndarray:
-        # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
-        shape = tuple(b - a for a, b in bounds)
-        stop = [min(b, n) for (_, b), n in zip(bounds, spec.stored, strict=True)]
-        index = tuple(slice(a, b) for (a, _), b in zip(bounds, stop, strict=True))
-        if any(s.start >= s.stop for s in index):
-            return np.zeros(shape, spec.dtype)
-        stored = source.read(name, index)
-        part = cast(stored, spec.dtype)
-        # Nothing overflows float32, so there the stored half is looked at, which is less.
-        if not all_finite(stored if spec.dtype == np.float32 else part):
-            what = "holds a NaN or an infinity; download it again"
-            if all_finite(stored):
-                what = f"is too large for {spec.dtype.name}; use dtype=bfloat16 or float32"
-            raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
-        if part.shape == shape:
-            return part
-        padded = np.zeros(shape, spec.dtype)
-        padded[tuple(slice(0, n) for n in part.shape)] = part
-        return padded
-
     with ThreadPoolExecutor(max_workers=min(4, len(devices_of))) as pool:
-        parts = list(pool.map(read, devices_of))
+        parts = list(pool.map(lambda bounds: read_slice(spec, source, name, bounds), devices_of))
     arrays = [
         jax.device_put(part, device)
         for part, devices in zip(parts, devices_of.values(), strict=True)
@@ -103,35 +82,61 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
     return jax.block_until_ready(whole)  # bounds what is in flight to this one weight
 
 
+def read_slice(
+    spec: WeightSpec, source: SafetensorsFolder, name: str, bounds: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """``bounds`` of one weight in its final dtype, filled a few rows at a time.
+
+    The buffer is aligned so that a CPU device takes it over as it is: there, nothing but these rows
+    is ever in memory twice.
+    """
+    out = _aligned(tuple(b - a for a, b in bounds), spec.dtype)
+    # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
+    stored = [(a, min(b, n)) for (a, b), n in zip(bounds, spec.stored, strict=True)]
+    counts = [max(0, b - a) for a, b in stored]
+    if tuple(counts) != out.shape:
+        out[...] = 0
+    (first, *_), rows = stored[0], counts[0]
+    others = tuple(slice(a, b) for a, b in stored[1:])
+    step = max(1, _CHUNK // max(1, math.prod(counts[1:])))
+    for row in range(0, rows if all(counts) else 0, step):
+        end = min(row + step, rows)
+        part = source.read(name, (slice(first + row, first + end), *others))
+        target = out[(slice(row, end), *(slice(0, n) for n in counts[1:]))]
+        cast_into(target, part)
+        # Nothing overflows float32, so there the stored half is looked at, which is less.
+        if not all_finite(part if spec.dtype == np.float32 else target):
+            what = "holds a NaN or an infinity; download it again"
+            if all_finite(part):
+                what = f"is too large for {spec.dtype.name}; use dtype=bfloat16 or float32"
+            raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
+    """An uninitialised array that begins on a multiple of ``boundary`` bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + boundary, np.uint8)
+    start = -raw.ctypes.data % boundary
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def all_finite(x: np.ndarray) -> bool:
     """Whether no element is NaN or infinite, told by the exponent bits (fast for bfloat16 too)."""
     mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[x.dtype.name]
     unsigned = np.dtype(f"u{x.dtype.itemsize}")
-    flat = x.reshape(-1).view(unsigned)
     mask = unsigned.type(mask)
-    return not any(((c & mask) == mask).any() for c in _chunks(flat))
+    return not ((x.view(unsigned) & mask) == mask).any()
 
 
-def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """To another dtype, rounding to nearest even; bfloat16 to float32 is a shift of the bits."""
-    if x.dtype == dtype:
-        return x
-    out = np.empty(x.shape, dtype)
-    flat, target = x.reshape(-1), out.reshape(-1)
-    widen = x.dtype.name == "bfloat16" and dtype == np.float32
-    for a in range(0, flat.size, _CHUNK):
-        part = flat[a : a + _CHUNK]
-        if widen:
-            bits = target[a : a + _CHUNK].view(np.uint32)
-            np.left_shift(part.view(np.uint16), 16, out=bits, dtype=np.uint32)
-        else:
-            with np.errstate(over="ignore", invalid="ignore"):  # `put` refuses what comes of it
-                target[a : a + _CHUNK] = part.astype(dtype)
-    return out
-
-
-def _chunks(flat: np.ndarray):
-    return (flat[a : a + _CHUNK] for a in range(0, flat.size, _CHUNK))
+def cast_into(target: np.ndarray, x: np.ndarray) -> None:
+    """Write ``x`` in the target's dtype, rounding to nearest even; bfloat16 to float32 is a shift of
+    the bits. What overflows becomes infinite, for the caller to refuse."""
+    if x.dtype.name == "bfloat16" and target.dtype == np.float32:
+        np.left_shift(x.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            target[...] = x
 
 
 def random(table: WeightTable, seed: int = 0, progress: Progress = iter) -> tuple[jax.Array, ...]:
