@@ -40,9 +40,11 @@ one book's worth of verse and nothing else; it is a test piece, not an assistant
 |---|---|
 | data | tinyshakespeare.txt, public domain, 1,115,394 bytes, sha256 `{sha256}` |
 | tokenizer | byte-level BPE, {vocab} entries, trained on the same text |
-| training | `examples/train_bundled_model.py`: {steps} steps of {tokens_per_step:,} tokens, AdamW, {minutes:.0f} minutes on 2 CPU cores |
+| training | `examples/train_bundled_model.py`, {steps} steps of {tokens_per_step:,} tokens, AdamW |
+| time | {minutes:.0f} minutes on 2 CPU cores |
 | kept | the weights of step {best_step}, the best on the held-out text |
-| held-out loss | {loss:.3f} nats per token, {bits:.3f} bits per byte (last {held_out:.0%} of the text) |
+| held out | the last {held_out:.0%} of the text |
+| held-out loss | {loss:.3f} nats per token, {bits:.3f} bits per byte |
 """
 
 
@@ -65,7 +67,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def speech_starts(ids: torch.Tensor, tokenizer) -> torch.Tensor:
-    """Positions that follow a blank line: where a window may begin, so that BOS means a new speech."""
+    """Positions after a blank line: windows begin there, so that BOS means a new speech."""
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     ends = torch.tensor([p.endswith("\n\n") or p == "\n" for p in pieces])[ids]
     newline = torch.tensor(["\n" in p for p in pieces])[ids]

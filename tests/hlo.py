@@ -59,7 +59,9 @@ def decode_problems(compiled, config: ModelConfig, plan: Plan, rows: int, contex
     split = (c.layers * per_layer + tables) // tensor
     norms = (2 * c.layers + 1) * c.embed
     # Key/value projections are repeated over rep, so that much more is allowed.
-    again = c.layers * 2 * c.embed * c.kv_heads * c.head_dim * (plan.mesh.shape["rep"] - 1) // tensor
+    again = (
+        c.layers * 2 * c.embed * c.kv_heads * c.head_dim * (plan.mesh.shape["rep"] - 1) // tensor
+    )
     cache = 2 * c.layers * rows * c.kv_heads * context * c.head_dim * size
     cache //= plan.data * plan.mesh.shape["tensor"]
     assert cache == KVCache.bytes_per_device(config, plan, rows, context)

@@ -19,7 +19,12 @@ def run(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
     """A fresh process of examples/generate.py or of the command."""
     clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=clean | env, timeout=300
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=clean | env,
+        timeout=300,
     )
     assert done.returncode == code, done.stderr
     return done
@@ -139,7 +144,18 @@ def test_an_unexpected_failure_is_one_line_too_and_debug_shows_it_all(capsys, mo
 def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     file = tmp_path / "BENCHMARKS.md"
     file.write_text("# Benchmarks\n\nWords.\n")
-    words = ["bench", "decode", "-tp", "2", "--prompt-length", "9", "--max-tokens", "6", "--batch", "2"]
+    words = [
+        "bench",
+        "decode",
+        "-tp",
+        "2",
+        "--prompt-length",
+        "9",
+        "--max-tokens",
+        "6",
+        "--batch",
+        "2",
+    ]
     code, out, _ = main(capsys, *words, "--json", "--quiet", "--record", str(file))
     assert code == 0 and out.count("\n") == 1
     result = json.loads(out)

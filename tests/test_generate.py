@@ -82,7 +82,9 @@ def test_no_compile_after_warm_up_over_200_requests_of_mixed_lengths(llm):
     before = compiles.count
     for start, count in ((0, 1), (1, 2), (3, 5), (8, 92), (100, 100)):
         some = slice(start, start + count)
-        for output, asked in zip(llm.generate(prompts[some], params[some]), params[some], strict=True):
+        for output, asked in zip(
+            llm.generate(prompts[some], params[some]), params[some], strict=True
+        ):
             completion = output.outputs[0]
             assert 1 <= len(completion.token_ids) <= asked.max_tokens
             ended = completion.finish_reason == "stop"
@@ -146,7 +148,9 @@ def test_length_is_capped_by_max_model_len(llm):
 
 
 def test_results_have_vllms_names_and_timings(llm):
-    output = llm.generate("KING", SamplingParams(max_tokens=5, logprobs=2, seed=1, ignore_eos=True))[0]
+    output = llm.generate(
+        "KING", SamplingParams(max_tokens=5, logprobs=2, seed=1, ignore_eos=True)
+    )[0]
     assert output.prompt == "KING" and output.prompt_token_ids[0] == llm.tokenizer.bos_token_id
     completion = output.outputs[0]
     assert completion.index == 0 and len(completion.token_ids) == len(completion.logprobs) == 5

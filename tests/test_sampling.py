@@ -1,5 +1,5 @@
-"""The sampler, on logits split over a mesh: filters are transformers', draws follow the softmax, and
-a row's token depends on its seed and position only."""
+"""The sampler, on logits split over a mesh: filters are transformers', draws follow the softmax,
+and a row's token depends on its seed and position only."""
 
 import functools
 import itertools
@@ -21,8 +21,8 @@ from transformers import (
 from tpjax import sampling
 from tpjax.ops import topk
 from tpjax.parallel.mesh import make_mesh
+from tpjax.params import Row, SamplingParams
 from tpjax.plan import Plan
-from tpjax.sampling import Row, SamplingParams
 
 VOCAB = 1003  # not a multiple of anything, and several times the candidates of one slice
 ROWS = 8
@@ -31,7 +31,7 @@ MESHES = {"1": (1, 1, 1), "4": (1, 4, 1), "2x4": (2, 4, 1), "4x2 rep": (1, 4, 2)
 
 @functools.cache
 def sampler(mesh: str, vocab: int = VOCAB):
-    """Logits ``[ROWS, vocab]`` and rows in; tokens and logprobs out. Padding gets the best logits."""
+    """Logits ``[ROWS, vocab]`` and rows in; a Drawn out. Padding gets the largest logits."""
     plan = Plan(mesh=make_mesh(*MESHES[mesh]))
     padding = plan.padded("vocab", vocab) - vocab
     with jax.set_mesh(plan.mesh):
@@ -86,7 +86,9 @@ def test_padding_is_never_drawn(mesh):
     """Padded entries have by far the largest logits here."""
     for words in ({"temperature": 0.0}, {"temperature": 5.0}, {"temperature": 5.0, "top_k": 900}):
         for seed in range(3):
-            tokens = sampler(mesh)(random_logits(scale=0.01), [row(seed=seed, **words)] * ROWS).token_B
+            tokens = sampler(mesh)(
+                random_logits(scale=0.01), [row(seed=seed, **words)] * ROWS
+            ).token_B
             assert (tokens >= 0).all() and (tokens < VOCAB).all()
 
 
@@ -196,7 +198,9 @@ def test_draws_follow_the_softmax(words):
     p /= p.sum()
     run, counts = sampler("4"), np.zeros(VOCAB)
     for start in range(0, 4000, ROWS):
-        tokens = run(logits, [row(position=start + i, seed=77, **words) for i in range(ROWS)]).token_B
+        tokens = run(
+            logits, [row(position=start + i, seed=77, **words) for i in range(ROWS)]
+        ).token_B
         np.add.at(counts, tokens, 1)
     seen = p > 1e-4
     assert counts[~seen].sum() <= 2
@@ -236,6 +240,9 @@ def test_pack_and_unpack_are_inverse():
     packed = sampling.pack([Row(5, 6, 7, 2**63 + 3, params, (11, 12)), None])
     rows = jax.device_get(jax.jit(sampling.unpack)(packed))
     assert rows.seed_B2[0].tolist() == [2**31, 3]
-    assert rows.temperature_B[0] == np.float32(0.3) and rows.top_p_B.tolist() == [np.float32(0.9), 1]
+    assert rows.temperature_B[0] == np.float32(0.3) and rows.top_p_B.tolist() == [
+        np.float32(0.9),
+        1,
+    ]
     assert rows.stop_BE[0, :3].tolist() == [11, 12, -1] and rows.logprobs_B.tolist() == [4, -1]
     assert rows.remaining_B.tolist() == [7, 0]

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "tpjax.engine.llm",
-    "SamplingParams": "tpjax.sampling",
+    "SamplingParams": "tpjax.params",
     "Plan": "tpjax.plan",
     "make_mesh": "tpjax.parallel.mesh",
     "ModelConfig": "tpjax.config",
@@ -20,6 +20,6 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'tpjax' has no attribute {name!r}")
     from tpjax import env
 
-    if name != "ModelConfig":
+    if name not in ("ModelConfig", "SamplingParams"):
         env.start()
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding: ``angle = position * inv_freq``, halves rotated against each other.
+    """Rotary position embedding: ``angle = position * inv_freq``, half-split.
 
     ``linear`` divides every frequency by ``factor``. ``llama3`` keeps short wavelengths, divides
     long ones by ``factor`` and blends between (the rule published with Llama 3.1).

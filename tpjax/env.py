@@ -1,12 +1,17 @@
 """Everything tpjax sets outside itself: the only file that touches environment variables, XLA flags
 and jax's configuration. What the user has set is never overridden.
 
-| What | Why, measured |
-|---|---|
-| XLA_FLAGS `--xla_cpu_experimental_ynn_fusion_type=individual_dot` | without it every bfloat16 product on a CPU first copies its weights to float32: 0.6 to 1.9 GB/s instead of 14 or more; read by the CPU backend only |
-| platform `cpu`, if the CUDA plugin is installed but no GPU is there | otherwise jax prints a traceback about missing CUDA libraries |
-| compilation cache in the user's cache directory, everything cached | the second start of a model compiles nothing |
-| XLA_PYTHON_CLIENT_MEM_FRACTION 0.92 | weights and cache are known in advance; jax's default of 0.75 leaves a quarter of the GPU unused |
+XLA_FLAGS ``--xla_cpu_experimental_ynn_fusion_type=individual_dot``
+    Without it every bfloat16 product on a CPU first copies its weights to float32: 0.6 to 1.9 GB/s
+    instead of 14 or more (BENCHMARKS.md). Read by the CPU backend only.
+platform ``cpu``, if the CUDA plugin is installed but there is no GPU
+    Otherwise jax prints a traceback about missing CUDA libraries.
+compilation cache in the user's cache directory, whatever the compile time
+    The second start of a model compiles nothing.
+XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
+    Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
+TRANSFORMERS_NO_ADVISORY_WARNINGS
+    transformers is used without torch on purpose and need not warn about it.
 """
 
 import contextlib
@@ -45,9 +50,9 @@ def start(devices: int | None = None) -> None:
         if devices is not None:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", devices)
-        elif not jax.config.jax_platforms and not has_accelerator():
+        elif not jax.config.read("jax_platforms") and not has_accelerator():
             jax.config.update("jax_platforms", "cpu")
-        if not jax.config.jax_compilation_cache_dir:
+        if not jax.config.read("jax_compilation_cache_dir"):
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

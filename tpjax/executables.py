@@ -52,7 +52,7 @@ class Buckets:
         return next((b for b in self.batch if b >= sequences), self.batch[-1])
 
     def chunk_sizes(self, tokens: int) -> list[int]:
-        """How a prompt of this length is cut: whole largest chunks, then one that holds the rest."""
+        """How a prompt of this length is cut: largest chunks, then one that holds the rest."""
         largest = self.chunks[-1]
         whole, rest = divmod(tokens, largest)
         last = [next(c for c in self.chunks if c >= rest)] if rest else []
@@ -77,8 +77,8 @@ def _silent(name: str, number: int, total: int) -> Callable[[Built], None]:
 
 
 class Executables:
-    """Builds and keeps them. Names: ``zeros[b4]``, ``prefill[t64]``, ``insert[b4]``, ``decode[b4]``,
-    ``score[t64]``."""
+    """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
+    ``decode[b4]``, ``score[t128]``."""
 
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = _silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
@@ -185,7 +185,7 @@ class _Compiles:
         jax.monitoring.register_event_duration_secs_listener(self._duration)
         jax.monitoring.register_event_listener(self._event)
 
-    def _duration(self, event: str, _seconds: float, **_) -> None:
+    def _duration(self, event: str, duration_secs: float, **_) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
     def _event(self, event: str, **_) -> None:

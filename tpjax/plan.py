@@ -43,8 +43,8 @@ class Plan:
     @property
     def platform(self) -> str:
         """``cpu``, ``gpu`` or ``tpu``; compile-only devices say what they stand for."""
-        platform = self.mesh.devices.flat[0].platform
-        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+        platform: str = self.mesh.devices.flat[0].platform
+        return "gpu" if platform in ("cuda", "rocm") else platform
 
     @cached_property
     def _splitting(self) -> Rules:

@@ -38,7 +38,9 @@ def prefill(
         cache,
     )
     x_B1D = last_token(x_BTD, jax.reshard(count_B, plan.spec("batch")))
-    return cache, _draw(table, model, x_B1D, dataclasses.replace(rows, position_B=start_B + count_B - 1))
+    return cache, _draw(
+        table, model, x_B1D, dataclasses.replace(rows, position_B=start_B + count_B - 1)
+    )
 
 
 def decode(

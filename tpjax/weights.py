@@ -53,8 +53,8 @@ class WeightTable:
 
     def _spec(self, path, leaf) -> WeightSpec:
         axes = tuple(leaf.get_metadata()["axes"])
-        size = {"vocab": self.config.vocab}
-        stored = tuple(size.get(a, n) for a, n in zip(axes, leaf.shape, strict=True))
+        vocab = self.config.vocab
+        stored = tuple(vocab if a == "vocab" else n for a, n in zip(axes, leaf.shape, strict=True))
         return WeightSpec(
             path=".".join(map(str, path)),
             shape=tuple(leaf.shape),

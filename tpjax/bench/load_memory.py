@@ -111,7 +111,7 @@ def measure(folder: Path, tensor: int, dtype: str) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("-tp", type=int, default=4)
     parser.add_argument("--stored", default="bfloat16")
     parser.add_argument("--dtype", default="float32")

@@ -1,6 +1,7 @@
 """Where a measurement came from, and its row in a Markdown table."""
 
 import datetime
+import importlib.metadata
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import flax
 import jax
-import jaxlib
 
 from tpjax import __version__
 from tpjax.errors import UsageError
@@ -25,7 +25,8 @@ def provenance() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "versions": f"tpjax {__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__},"
+        "versions": f"tpjax {__version__}, jax {jax.__version__}, jaxlib"
+        f" {importlib.metadata.version('jaxlib')},"
         f" flax {flax.__version__}",
         "device": jax.devices()[0].device_kind,
         "command": shlex.join(["tpjax", *sys.argv[1:]]),

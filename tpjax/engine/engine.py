@@ -109,11 +109,13 @@ class Engine:
 
     def _decode(self, cache, slots: list, wanted: int):
         packed = sampling.pack([r.row() if r else None for r in slots])
-        wanted = np.asarray(min(wanted, DISPATCH), np.int32)
+        limit = np.asarray(min(wanted, DISPATCH), np.int32)
         step = self.exe[f"decode[b{len(slots)}]"]
-        cache, drawn = step(self.weights, cache, self.exe.upload(packed), self.exe.upload(wanted))
+        cache, drawn = step(self.weights, cache, self.exe.upload(packed), self.exe.upload(limit))
         asked = any(r is not None and r.params.logprobs is not None for r in slots)
-        return cache, jax.device_get(drawn) if asked else Drawn(np.asarray(drawn.token_B), *[None] * 3)
+        return cache, jax.device_get(drawn) if asked else Drawn(
+            np.asarray(drawn.token_B), *[None] * 3
+        )
 
     def _accept(self, request: Request, drawn: Drawn, row: int) -> None:
         """Give a request the tokens of its row, in order, until it finishes."""

@@ -3,10 +3,8 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,8 +18,8 @@ from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import UsageError
 from tpjax.executables import Buckets, Executables, OnBuild, _silent
 from tpjax.parallel.mesh import make_mesh
+from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
-from tpjax.sampling import SamplingParams, refuse_unknown
 from tpjax.weights import WeightTable
 
 Prompt = str | Sequence[int]
@@ -43,8 +41,8 @@ _RENAMED = {
 class LLM:
     """Load a Hugging Face model onto a mesh and generate with it. Argument names are vLLM's.
 
-    ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a mesh;
-    ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
+    ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a
+    mesh; ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
     ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
     4096. ``max_num_seqs``: sequences decoded together. ``seed``: for requests without their own.
 
@@ -204,8 +202,8 @@ class LLM:
             raise UsageError("empty prompt: give at least one character")
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
-        ids = self.tokenizer.encode(text) if text is not None else list(prompt)  # type: ignore
-        ids = self._check_ids(ids, room=1)
+        ids = list(prompt) if text is None else self.tokenizer.encode(text)  # type: ignore
+        ids = self._check_ids(ids, room=1)  # type: ignore
         beyond = [i for i in params.stop_token_ids if i >= self.config.vocab]
         if beyond:
             raise UsageError(f"stop_token_ids {beyond}: outside vocab={self.config.vocab}")

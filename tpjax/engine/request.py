@@ -1,16 +1,28 @@
 """A request on the host: its tokens so far, its text so far, and when it is finished. No jax."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-from tpjax.sampling import Row, SamplingParams
+from tpjax.params import Row, SamplingParams
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of transformers' tokenizers."""
+
+    @property
+    def backend_tokenizer(self) -> Backend: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural log of a token's probability; ``rank`` counts from 1, None beyond the returned list."""
+    """Natural log of a token's probability; ``rank`` counts from 1, None if not in the list."""
 
     logprob: float
     rank: int | None
@@ -55,7 +67,7 @@ class Detokenizer:
     """Tokens in, text out, never half a character: bytes wait until they are whole, and the end of
     the text waits while it could be the beginning of a stop string."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
@@ -106,9 +118,9 @@ class Request:
     seed: int
     eos_ids: tuple[int, ...]
     max_tokens: int  # what params ask for and max_model_len leaves
-    tokenizer: object | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    tokenizer: Tokenizer | None
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -116,7 +128,9 @@ class Request:
         eos = () if self.params.ignore_eos else self.eos_ids
         self.stop_ids = tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
         self._eos = set(eos)
-        self.detokenizer = self.tokenizer and Detokenizer(self.tokenizer, self.params.stop)
+        self.detokenizer = None
+        if self.tokenizer is not None:
+            self.detokenizer = Detokenizer(self.tokenizer, self.params.stop)
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:

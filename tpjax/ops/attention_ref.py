@@ -1,7 +1,7 @@
 """Attention as its definition says it, the measure for every faster one.
 
-B sequences, T new tokens, S cache positions, N query heads, K key/value heads, G = N / K, H head dim,
-R = G T rows of one key/value head.
+B sequences, T new tokens, S cache positions, N query heads, K key/value heads, G = N / K, H head
+dim, R = G T rows of one key/value head.
 """
 
 import functools

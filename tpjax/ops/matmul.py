@@ -12,8 +12,8 @@ def matmul(x_RI: jax.Array, w_OI: jax.Array, out_spec: PartitionSpec, platform: 
     """``x @ w.T`` accumulated and returned in float32, at full precision for float32 operands (a
     GPU would otherwise round them to TF32).
 
-    Two things here are for XLA's bfloat16 kernels on a CPU; where they are not used, every weight is
-    copied to float32 on every call (0.6 to 1.9 GB/s instead of 14 or more, BENCHMARKS.md). They
+    Two things here are for XLA's bfloat16 kernels on a CPU; where they are not used, every weight
+    is copied to float32 on every call (0.6 to 1.9 GB/s instead of 14 or more, BENCHMARKS.md). They
     refuse a single row, so one row becomes two, *and the result has both*. And both operands have
     two dimensions: with a third, XLA transposes the weight first.
     """

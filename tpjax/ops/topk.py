@@ -37,7 +37,7 @@ class Shards:
 
 
 def greedy(logits_BV: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
-    """Id and value of the largest logit; ties go to the lowest id. One all-gather of 2 B W numbers."""
+    """Id and value of the largest logit; ties go to the lowest id. One all-gather, 2 B W numbers."""
     at = jnp.argmax(logits_BV, axis=-1)  # the first of equals
     value = jnp.take_along_axis(logits_BV, at[:, None], axis=-1)
     id_ = at[:, None].astype(jnp.int32) + shards.first_id(logits_BV.shape[1])
@@ -164,7 +164,9 @@ def exact_threshold(
 def gumbel(key_B: jax.Array, id_BC: jax.Array) -> jax.Array:
     """Standard Gumbel noise that belongs to a (key, token id) pair: how the vocabulary is split, or
     which tokens are asked about, changes nothing."""
-    keys = jax.vmap(lambda key, ids: jax.vmap(lambda i: jax.random.fold_in(key, i))(ids))(key_B, id_BC)
+    keys = jax.vmap(lambda key, ids: jax.vmap(lambda i: jax.random.fold_in(key, i))(ids))(
+        key_B, id_BC
+    )
     bits = jax.random.key_data(keys)[..., 0]
     uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-24)  # never 0, never 1
     return -jnp.log(-jnp.log(uniform))
