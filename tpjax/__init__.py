@@ -1,6 +1,14 @@
 """tpjax: large language models over a named device mesh, in JAX."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tpjax.config import ModelConfig
+    from tpjax.engine.llm import LLM
+    from tpjax.parallel.mesh import make_mesh
+    from tpjax.params import SamplingParams
+    from tpjax.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -11,7 +19,7 @@ _HOME = {
     "make_mesh": "tpjax.parallel.mesh",
     "ModelConfig": "tpjax.config",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = ["LLM", "ModelConfig", "Plan", "SamplingParams", "__version__", "make_mesh"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """The key/value cache. B sequences, K key/value heads, S positions, H head dim."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -30,7 +31,7 @@ class KVCache:
         """Shapes, dtypes and shardings, for lowering without allocating."""
         shape = (rows, config.kv_heads, length, config.head_dim)
         sharding = plan.sharding("batch", "kv_heads", None, None)
-        one = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
+        one: Any = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
         return cls(((one, one),) * config.layers)
 
     @staticmethod

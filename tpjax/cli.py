@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    from tpjax.errors import RunError, TpjaxError
+    from tpjax.errors import ResourceError, RunError, TpjaxError
 
     try:
         return args.run(args)
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
         return 141
     except Exception as error:
-        return _fail(args, error, RunError.exit_code)
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
+        code = ResourceError.exit_code if out_of_memory else RunError.exit_code
+        return _fail(args, error, code)
 
 
 def _fail(args: argparse.Namespace, error: Exception, code: int) -> int:

@@ -50,9 +50,9 @@ def start(devices: int | None = None) -> None:
         if devices is not None:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", devices)
-        elif not jax.config.read("jax_platforms") and not has_accelerator():
+        elif not getattr(jax.config, "jax_platforms", None) and not has_accelerator():
             jax.config.update("jax_platforms", "cpu")
-        if not jax.config.read("jax_compilation_cache_dir"):
+        if not getattr(jax.config, "jax_compilation_cache_dir", None):
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

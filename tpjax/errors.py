@@ -6,6 +6,9 @@ class TpjaxError(Exception):
 
     exit_code = 5
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a tensor's name may hold anything
+
 
 class UsageError(TpjaxError, ValueError):
     """An argument that cannot be meant: fix the call."""

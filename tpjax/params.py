@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from tpjax.errors import UsageError
 
@@ -50,27 +53,49 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        checks = (
-            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (0 <= self.min_p <= 1, "min_p", "between 0 and 1"),
-            (self.top_k >= -1, "top_k", "1 or more, or 0 for all tokens"),
-            (self.max_tokens >= 1, "max_tokens", "1 or more"),
-            (self.seed is None or 0 <= self.seed < 2**64, "seed", "between 0 and 2**64 - 1"),
-            (all(self.stop), "stop", "strings that are not empty"),
-            (all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids, 0 or more"),
-            (
-                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                f"between 0 and {MAX_LOGPROBS}",
-            ),
-        )
-        for ok, name, wanted in checks:
-            if not ok:
-                raise UsageError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+        object.__setattr__(self, "stop", _several(self.stop))
+        object.__setattr__(self, "stop_token_ids", _several(self.stop_token_ids))
+        for name, kind, holds, wanted in _CHECKS:
+            value = getattr(self, name)
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            if not (isinstance(value, kind) and holds(value)):
+                raise UsageError(f"{name}={value!r}: must be {wanted}")
+
+
+def _several(x) -> tuple:
+    """None, one, or an iterable of several."""
+    if x is None:
+        return ()
+    return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else (x,)
+
+
+_WHOLE = (int, np.integer)
+_REAL = (*_WHOLE, float, np.floating)
+_LARGEST = float(np.finfo(np.float32).max)
+# Name, type, what must be true of a value of that type, and the same in words.
+_CHECKS: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    ("temperature", _REAL, lambda x: 0 <= x <= _LARGEST, "0 (greedy) or more, and finite"),
+    ("top_p", _REAL, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("min_p", _REAL, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("top_k", _WHOLE, lambda x: x >= -1, "a whole number, 1 or more, or 0 for all tokens"),
+    ("max_tokens", _WHOLE, lambda x: x >= 1, "a whole number, 1 or more"),
+    ("seed", _WHOLE, lambda x: 0 <= x < 2**64, "None, or between 0 and 2**64 - 1"),
+    (
+        "logprobs",
+        _WHOLE,
+        lambda x: 0 <= x <= MAX_LOGPROBS,
+        f"None, or a whole number between 0 and {MAX_LOGPROBS}",
+    ),
+    ("ignore_eos", bool, lambda x: True, "True or False"),
+    ("stop", tuple, lambda x: all(isinstance(s, str) and s for s in x), "strings, not empty ones"),
+    (
+        "stop_token_ids",
+        tuple,
+        lambda x: all(isinstance(i, _WHOLE) and i >= 0 for i in x),
+        "token ids, 0 or more",
+    ),
+)
 
 
 def _say_the_right_word(cls):

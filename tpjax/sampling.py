@@ -15,6 +15,7 @@ from tpjax.ops import topk
 from tpjax.params import MAX_LOGPROBS, Row
 from tpjax.plan import Plan
 
+GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less would overflow
 DEVICE_STOP_IDS = 8  # more than these are honoured too, on the host
 
 
@@ -48,7 +49,8 @@ def pack(rows: Sequence[Row | None]) -> np.ndarray:
             continue
         p = row.params
         words = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        floats = np.array([p.temperature, p.top_p, p.min_p], np.float32).view(np.int32)
+        temperature = p.temperature if p.temperature >= GREEDY_BELOW else 0.0
+        floats = np.array([temperature, p.top_p, p.min_p], np.float32).view(np.int32)
         logprobs = -1 if p.logprobs is None else p.logprobs
         top_k = max(p.top_k, 0)
         out[:5] = row.token, row.position, row.remaining, *words

@@ -38,8 +38,8 @@ def measure(args: argparse.Namespace, tensor: int | None, data: int | None) -> d
     from tpjax.checkpoint.folder import bundled
     from tpjax.engine.llm import LLM
     from tpjax.executables import compiles
+    from tpjax.params import SamplingParams
     from tpjax.report import Report
-    from tpjax.sampling import SamplingParams
 
     report = Report(args.quiet)
     llm = LLM(

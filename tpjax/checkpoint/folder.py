@@ -12,6 +12,7 @@ from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family, find
 
 BUNDLED = "shakespeare-4m"
+_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
@@ -48,7 +49,11 @@ def locate(model: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
     except Exception as error:  # whatever the hub client raises, the user needs one line
         raise CheckpointError(
             f"{model}: no such folder, and the hub says: {one_line(error)};"

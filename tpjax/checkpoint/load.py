@@ -130,8 +130,8 @@ def all_finite(x: np.ndarray) -> bool:
 
 
 def cast_into(target: np.ndarray, x: np.ndarray) -> None:
-    """Write ``x`` in the target's dtype, rounding to nearest even; bfloat16 to float32 is a shift of
-    the bits. What overflows becomes infinite, for the caller to refuse."""
+    """Write ``x`` in the target's dtype, rounding to nearest even; bfloat16 to float32 is a shift
+    of the bits. What overflows becomes infinite, for the caller to refuse."""
     if x.dtype.name == "bfloat16" and target.dtype == np.float32:
         np.left_shift(x.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
     else:

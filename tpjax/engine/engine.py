@@ -6,6 +6,7 @@ prefill never depends on the others; in decode, rows share a matrix product and 
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -113,9 +114,9 @@ class Engine:
         step = self.exe[f"decode[b{len(slots)}]"]
         cache, drawn = step(self.weights, cache, self.exe.upload(packed), self.exe.upload(limit))
         asked = any(r is not None and r.params.logprobs is not None for r in slots)
-        return cache, jax.device_get(drawn) if asked else Drawn(
-            np.asarray(drawn.token_B), *[None] * 3
-        )
+        if asked:
+            return cache, jax.device_get(drawn)
+        return cache, replace(drawn, token_B=jax.device_get(drawn.token_B))
 
     def _accept(self, request: Request, drawn: Drawn, row: int) -> None:
         """Give a request the tokens of its row, in order, until it finishes."""

@@ -13,16 +13,15 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.checkpoint.safetensors import SafetensorsFolder
 from tpjax.engine.engine import Engine
+from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
 from tpjax.engine.memory import check_memory
 from tpjax.engine.request import Request, RequestOutput
-from tpjax.errors import UsageError
+from tpjax.errors import CheckpointError, UsageError
 from tpjax.executables import Buckets, Executables, OnBuild, _silent
 from tpjax.parallel.mesh import make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
-
-Prompt = str | Sequence[int]
 
 DEFAULT_MAX_MODEL_LEN = 4096
 _RENAMED = {
@@ -42,9 +41,9 @@ class LLM:
     """Load a Hugging Face model onto a mesh and generate with it. Argument names are vLLM's.
 
     ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a
-    mesh; ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
-    ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
-    4096. ``max_num_seqs``: sequences decoded together. ``seed``: for requests without their own.
+    mesh; ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or
+    float16. ``max_model_len``: prompt plus generated tokens, by default the model's own limit but
+    at most 4096. ``max_num_seqs``: sequences decoded together. ``seed``: for requests without one.
 
     Raises CheckpointError, UsageError or ResourceError before anything large is allocated.
     """
@@ -69,6 +68,10 @@ class LLM:
     ):
         known = ("tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "seed", "plan")
         refuse_unknown("LLM", unknown, known, _RENAMED)
+        if max_model_len is not None:
+            whole("max_model_len", max_model_len, 2, 2**31)
+        whole("max_num_seqs", max_num_seqs, 1, 2**31)
+        whole("seed", seed, 0, 2**32)
         say = say or (lambda line: print(line, file=sys.stderr))
         env.start()
         if random_weights and str(model).endswith(".json"):
@@ -112,7 +115,10 @@ class LLM:
         if not generation.get("do_sample"):
             return SamplingParams(temperature=0.0)
         words = ("temperature", "top_k", "top_p", "min_p")
-        return SamplingParams(**{w: generation[w] for w in words if w in generation})
+        try:
+            return SamplingParams(**{w: generation[w] for w in words if w in generation})
+        except UsageError as error:
+            raise CheckpointError(f"{self.folder.path}: generation_config.json: {error}") from error
 
     def warm_up(self) -> None:
         """Build every executable generation can use: no compile happens after this."""
@@ -164,7 +170,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Float32 ``[T, V]``: what the model says after each of these tokens, for evaluation."""
-        ids = self._check_ids(list(token_ids), room=0)
+        ids = check_ids(list(token_ids), self.config.vocab, self.max_model_len, room=0)
         exe = self.executables
         sizes = exe.buckets.chunk_sizes(len(ids))
         cache = exe[f"zeros[b{exe.one}]"]()
@@ -182,28 +188,18 @@ class LLM:
         return np.concatenate(out)
 
     def _requests(self, prompts, sampling_params) -> list[Request]:
-        many = _as_list(prompts)
+        many = as_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        each = (
-            [sampling_params] * len(many)
-            if isinstance(sampling_params, SamplingParams)
-            else list(sampling_params)
-        )
-        if len(each) != len(many):
-            raise UsageError(f"{len(many)} prompts but {len(each)} sampling_params")
+        each = as_params(sampling_params, len(many))
         return [self._request(p, s) for p, s in zip(many, each, strict=True)]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None and self.tokenizer is None:
-            raise UsageError(f"{self.folder.path}: no tokenizer; give token ids instead of text")
-        if text == "":
-            raise UsageError("empty prompt: give at least one character")
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
-        ids = list(prompt) if text is None else self.tokenizer.encode(text)  # type: ignore
-        ids = self._check_ids(ids, room=1)  # type: ignore
+        text = prompt if isinstance(prompt, str) else None
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        ids = check_ids(ids, self.config.vocab, self.max_model_len, room=1)
         beyond = [i for i in params.stop_token_ids if i >= self.config.vocab]
         if beyond:
             raise UsageError(f"stop_token_ids {beyond}: outside vocab={self.config.vocab}")
@@ -219,18 +215,15 @@ class LLM:
             tokenizer=self.tokenizer,
         )
 
-    def _check_ids(self, ids: list[int], room: int) -> list[int]:
-        if not ids:
-            raise UsageError("empty prompt: give at least one token")
-        for id_ in ids:
-            if not 0 <= id_ < self.config.vocab:
-                raise UsageError(f"token id {id_} is outside vocab={self.config.vocab}")
-        if len(ids) + room > self.max_model_len:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, max_model_len={self.max_model_len} allows"
-                f" {self.max_model_len - room}; raise max_model_len or shorten the prompt"
-            )
-        return [int(i) for i in ids]
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder.path}: no tokenizer; give token ids instead of text")
+        if not text:
+            raise UsageError("empty prompt: give at least one character")
+        try:
+            return self.tokenizer.encode(text)
+        except Exception as error:  # half of a surrogate pair, for one
+            raise UsageError(f"prompt {text[:40]!r}: the tokenizer refuses it ({error})") from error
 
 
 def _one_plan(plan, mesh, tensor, data) -> Plan:
@@ -239,17 +232,9 @@ def _one_plan(plan, mesh, tensor, data) -> Plan:
     if sum((plan is not None, mesh is not None, sizes)) > 1:
         raise UsageError("give one of plan, mesh, or tensor_parallel_size/data_parallel_size")
     if plan is not None:
+        if not isinstance(plan, Plan):
+            raise UsageError(f"plan={plan!r}: give a tpjax.Plan")
         return plan
     if mesh is None:
         mesh = make_mesh(data=1 if data is None else data, tensor=1 if tensor is None else tensor)
     return Plan(mesh=mesh)
-
-
-def _as_list(prompts) -> list[Prompt]:
-    """One prompt, text or ids, is a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    if prompts and all(isinstance(p, int | np.integer) for p in prompts):
-        return [prompts]
-    return prompts

@@ -50,6 +50,8 @@ def rope(parameters: dict) -> Rope:
     """Rope facts from transformers' normalised ``rope_parameters``."""
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError("partial_rotary_factor: llama models here rotate whole heads")
     match kind:
         case "default":
             return Rope(theta=theta)

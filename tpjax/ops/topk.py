@@ -37,7 +37,7 @@ class Shards:
 
 
 def greedy(logits_BV: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
-    """Id and value of the largest logit; ties go to the lowest id. One all-gather, 2 B W numbers."""
+    """Id and value of the largest logit; ties go to the lowest id. One all-gather of 2 B W."""
     at = jnp.argmax(logits_BV, axis=-1)  # the first of equals
     value = jnp.take_along_axis(logits_BV, at[:, None], axis=-1)
     id_ = at[:, None].astype(jnp.int32) + shards.first_id(logits_BV.shape[1])

@@ -38,6 +38,4 @@ class Rules:
         if twice:
             raise ValueError(f"axes {axes} (partial {partial}) use mesh axis {sorted(twice)} twice")
         entries = [names[0] if len(names) == 1 else (names or None) for names in per_axis]
-        return (
-            PartitionSpec(*entries, unreduced=set(partial)) if partial else PartitionSpec(*entries)
-        )
+        return PartitionSpec(*entries, unreduced=frozenset(partial))
