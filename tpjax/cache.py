@@ -21,11 +21,6 @@ class KVCache:
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
 
-    @property
-    def length(self) -> int:
-        """Positions per sequence, S."""
-        return self.layers[0][0].shape[2]
-
     @classmethod
     def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
         """Shapes, dtypes and shardings, for lowering without allocating."""

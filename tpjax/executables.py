@@ -63,8 +63,7 @@ class Buckets:
 class Built:
     """One executable and what it took to build."""
 
-    run: Callable
-    compiled: jax.stages.Compiled
+    run: jax.stages.Compiled
     seconds: float
     from_cache: bool
 
@@ -72,7 +71,7 @@ class Built:
 OnBuild = Callable[[str, int, int], Callable[[Built], None]]
 
 
-def _silent(name: str, number: int, total: int) -> Callable[[Built], None]:
+def silent(name: str, number: int, total: int) -> Callable[[Built], None]:
     return lambda built: None
 
 
@@ -80,7 +79,7 @@ class Executables:
     """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
     ``decode[b4]``, ``score[t128]``."""
 
-    def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = _silent):
+    def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
         self.built: dict[str, Built] = {}
         self.one = table.plan.data  # rows of the cache a prompt is prefilled in: one per replica
@@ -116,7 +115,7 @@ class Executables:
             start, hits = time.perf_counter(), compiles.cache_hits
             compiled = self.lower(name).compile()
             seconds = time.perf_counter() - start
-            self.built[name] = Built(compiled, compiled, seconds, compiles.cache_hits > hits)
+            self.built[name] = Built(compiled, seconds, compiles.cache_hits > hits)
             done(self.built[name])
 
     def __getitem__(self, name: str) -> Callable:
@@ -169,6 +168,14 @@ class Executables:
     def upload(self, x: np.ndarray) -> jax.Array:
         """A small host array on every device."""
         return jax.device_put(x, self.table.plan.sharding(*(None,) * x.ndim))
+
+
+def fast_on_cpu(dtype: str) -> bool:
+    """Whether XLA on this CPU multiplies ``dtype`` without widening it first; see ops/matmul.py.
+    It does not if jax was started before tpjax could set the flag, or if the user cleared it."""
+    x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 256), (512, 256)))
+    product = jax.jit(lambda x, w: jnp.einsum("RI,OI->RO", x, w, preferred_element_type="float32"))
+    return dtype == "float32" or "__ynn_fusion" in product.lower(x, w).compile().as_text()
 
 
 def _jit(fn, donated: int):

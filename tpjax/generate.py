@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +19,17 @@ DEFAULT_CPU_DEVICES = 4
 def generate(args: argparse.Namespace) -> int:
     """Load, complete every prompt, print. Text to stdout, everything else to stderr."""
     prompts = read_prompts(args)
-    tensor, data = start_devices(args)
-    from tpjax.checkpoint.folder import bundled
+    start_devices(args)
+    from tpjax.checkpoint.folder import bundled, locate, read_folder
     from tpjax.engine.llm import LLM
     from tpjax.report import Report
 
     report = Report(args.quiet)
+    folder = locate(args.model or bundled())
     llm = LLM(
-        args.model or bundled(),
-        tensor_parallel_size=tensor,
-        data_parallel_size=data,
+        folder,
+        tensor_parallel_size=choose_degree(args, read_folder(folder).config, report.say),
+        data_parallel_size=args.data_parallel_size,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=1 if args.stream else min(len(prompts), 64),
@@ -116,11 +118,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts or [DEFAULT_PROMPT]
 
 
-def start_devices(args: argparse.Namespace) -> tuple[int | None, int | None]:
-    """Start jax on the devices asked for; returns tensor and data sizes for the mesh.
-
-    Without sizes: all accelerators, or all forced CPU devices (four if the number is not given).
-    """
+def start_devices(args: argparse.Namespace) -> None:
+    """Start jax on the devices asked for: accelerators if there are any, else forced CPU devices,
+    as many as the mesh needs or four."""
     tensor, data = args.tensor_parallel_size, args.data_parallel_size
     for name, size in (
         ("--tensor-parallel-size", tensor),
@@ -133,13 +133,21 @@ def start_devices(args: argparse.Namespace) -> tuple[int | None, int | None]:
     if devices is None and not env.has_accelerator():
         devices = (tensor or DEFAULT_CPU_DEVICES) * (data or 1)
     env.start(devices)
-    if tensor is None:
-        import jax
 
-        available = len(jax.devices())
-        if available % (data or 1):
-            raise UsageError(
-                f"--data-parallel-size {data} does not divide {available} devices; give -tp too"
-            )
-        tensor = available // (data or 1)
-    return tensor, data
+
+def choose_degree(args: argparse.Namespace, config, say: Callable[[str], None]) -> int:
+    """The tensor degree asked for, or the largest this model allows on all devices."""
+    if args.tensor_parallel_size is not None:
+        return args.tensor_parallel_size
+    import jax
+
+    from tpjax.parallel.mesh import allowed_degrees
+
+    available = args.devices or (len(jax.devices()) if env.has_accelerator() else None)
+    if available is None:
+        available = DEFAULT_CPU_DEVICES * (args.data_parallel_size or 1)
+    each = max(1, available // (args.data_parallel_size or 1))
+    degree = max(d for d in allowed_degrees(config) if d <= each)
+    if degree < each:
+        say(f"using {degree} of {each} devices: heads={config.heads} cannot be split further")
+    return degree

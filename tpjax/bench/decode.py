@@ -16,7 +16,7 @@ from tpjax.bench import record
 from tpjax.bench.bandwidth import read_bandwidth
 from tpjax.cache import KVCache
 from tpjax.errors import RunError, UsageError
-from tpjax.generate import start_devices
+from tpjax.generate import choose_degree, start_devices
 
 
 def bench_decode(args: argparse.Namespace) -> int:
@@ -26,26 +26,33 @@ def bench_decode(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
-    tensor, data = start_devices(args)
-    result = measure(args, tensor, data)
+    start_devices(args)
+    result = measure(args)
     print(json.dumps(result, indent=None if args.json else 2), flush=True)
     if args.record:
         record.append(Path(args.record), result)
     return 0
 
 
-def measure(args: argparse.Namespace, tensor: int | None, data: int | None) -> dict:
-    from tpjax.checkpoint.folder import bundled
+def measure(args: argparse.Namespace) -> dict:
+    """Load, build, and time `args.rounds` times one token and all tokens of the batch."""
+    from tpjax.checkpoint import folder as folders
     from tpjax.engine.llm import LLM
     from tpjax.executables import compiles
     from tpjax.params import SamplingParams
     from tpjax.report import Report
 
     report = Report(args.quiet)
+    if args.config:
+        model = Path(args.config)
+        config = folders.config_only(model).config
+    else:
+        model = folders.locate(args.model or folders.bundled())
+        config = folders.read_folder(model).config
     llm = LLM(
-        args.config or args.model or bundled(),
-        tensor_parallel_size=tensor,
-        data_parallel_size=data,
+        model,
+        tensor_parallel_size=choose_degree(args, config, report.say),
+        data_parallel_size=args.data_parallel_size,
         dtype=args.dtype,
         max_model_len=args.prompt_length + args.max_tokens + 1,
         max_num_seqs=args.batch,

@@ -17,7 +17,7 @@ from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
 from tpjax.engine.memory import check_memory
 from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.executables import Buckets, Executables, OnBuild, _silent
+from tpjax.executables import Buckets, Executables, OnBuild, fast_on_cpu, silent
 from tpjax.parallel.mesh import make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
@@ -62,7 +62,7 @@ class LLM:
         mesh: Mesh | None = None,
         random_weights: bool = False,
         progress: load.Progress = iter,
-        on_build: OnBuild = _silent,
+        on_build: OnBuild = silent,
         say: Callable[[str], None] | None = None,
         **unknown,
     ):
@@ -88,6 +88,11 @@ class LLM:
             say(
                 f"tensor={asked} is more than kv_heads={config.kv_heads}:"
                 f" split into tensor={tensor} x rep={rep}"
+            )
+        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
+            say(
+                f"{dtype} products have no fast path on this CPU and take several times as long as"
+                " they should: import tpjax before jax is first used, or take dtype=float32"
             )
         self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
         if self.max_model_len > config.max_position:

@@ -11,6 +11,9 @@ from tokenizers.decoders import DecodeStream
 from tpjax.params import Row, SamplingParams
 
 
+_CONTINUED = 32  # prompt tokens that decoding looks back at
+
+
 class Tokenizer(Protocol):
     """What the engine needs of transformers' tokenizers."""
 
@@ -67,9 +70,14 @@ class Detokenizer:
     """Tokens in, text out, never half a character: bytes wait until they are whole, and the end of
     the text waits while it could be the beginning of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt_ids: Sequence[int] = ()):
         self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # Decoding goes on from the prompt: some tokenizers drop a space at the start of a text,
+        # and this is not the start. A prompt that ends within a character is not continued.
+        before = list(prompt_ids[-_CONTINUED:])
+        if self._backend.decode(before).endswith("\N{REPLACEMENT CHARACTER}"):
+            before = []
+        self._stream = DecodeStream(before, skip_special_tokens=True)
         self._stop = stop
         self.text = ""
         self.stopped_by: str | None = None
@@ -130,7 +138,7 @@ class Request:
         self._eos = set(eos)
         self.detokenizer = None
         if self.tokenizer is not None:
-            self.detokenizer = Detokenizer(self.tokenizer, self.params.stop)
+            self.detokenizer = Detokenizer(self.tokenizer, self.params.stop, self.prompt_ids)
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:
