@@ -34,7 +34,8 @@ def provenance() -> dict:
 
 
 def _commit() -> str:
-    """The commit of the source tree this package runs from; "installed" outside of one."""
+    """The commit this package's source is at, with a + if it was changed since; "installed" where
+    there is no source tree."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -43,7 +44,7 @@ def _commit() -> str:
         ).stdout.strip()
 
     try:
-        dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        dirty = "+" if git("status", "--porcelain", "--", str(here.parent)) else ""
         return git("rev-parse", "--short", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
         return "installed"

@@ -10,7 +10,6 @@ from tokenizers.decoders import DecodeStream
 
 from tpjax.params import Row, SamplingParams
 
-
 _CONTINUED = 32  # prompt tokens that decoding looks back at
 
 
