@@ -1,1 +1,1 @@
-"""Command-line tools for checkpoints. They import tpjax and are never imported by it."""
+"""Where tools for checkpoints belong: they import tpjax and are never imported by it. None yet."""

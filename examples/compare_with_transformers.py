@@ -5,7 +5,7 @@
 
 Every case is its own process with random weights; the rounds go A B C A B C, so that a machine that
 is slow for a minute is slow for all. The ratio is taken round by round, against transformers in the
-same dtype. transformers runs eager on all cores, its fastest mode on a CPU. Prints Markdown.
+same dtype. transformers runs eager on all cores. Prints Markdown.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from collections import Counter
 from tpjax import sampling
 from tpjax.cache import KVCache
 from tpjax.config import ModelConfig
+from tpjax.ops.topk import CANDIDATES
 from tpjax.plan import Plan
 
 MIB = 1 << 20
@@ -15,7 +16,7 @@ _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
     r"|ragged-all-to-all)(?:-start)?\("
 )
-_MOVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (?:copy|transpose|copy-start)\(")
+_MOVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (?:copy|transpose|copy-start)\(")
 
 
 def collectives(text: str) -> Counter:
@@ -47,8 +48,11 @@ def decode_problems(compiled, config: ModelConfig, plan: Plan, rows: int, contex
     if seen.pop("all-reduce", 0) != reduces:
         problems.append(f"all-reduces: {collectives(text)['all-reduce']}, not {reduces}")
     stated = sampling.collectives(plan)["all-gather"]
-    if seen.pop("all-gather", 0) > stated:
-        problems.append(f"all-gathers: {collectives(text)['all-gather']}, at most {stated} stated")
+    gathers = seen.pop("all-gather", 0)
+    # A vocabulary of few candidates per device makes some branches impossible; they vanish.
+    every = config.vocab // tensor > CANDIDATES and plan.platform == "cpu"
+    if gathers > stated or (every and gathers != stated):
+        problems.append(f"all-gathers: {gathers}, the sampler states {stated}")
     if seen:
         problems.append(f"other collectives: {dict(seen)}")
 

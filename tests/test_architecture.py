@@ -18,6 +18,7 @@ LAYERS = [
     ["models", "weights", "sampling"],
     ["step", "executables", "checkpoint", "env"],
     ["engine"],
+    ["devices"],
     ["report", "generate", "bench"],
     ["cli", "__init__"],
 ]
@@ -33,8 +34,9 @@ MAY_NAME = {
     "ppermute": ("parallel/", "ops/"),
     "all_to_all": ("parallel/", "ops/"),
     "shard_map": ("parallel/", "ops/", "sampling.py", "step.py"),
-    "jit": ("executables.py", "bench/bandwidth.py"),
+    "jit": ("executables.py", "bench/"),
     "environ": ("env.py",),
+    "getenv": ("env.py",),
     "device_get": ("engine/engine.py",),
 }
 LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp"}
@@ -62,6 +64,8 @@ def names(tree: ast.AST):
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,5 +1,6 @@
 """The command as a user runs it: output, exit codes, one clear line for what is wrong."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tpjax import cli
+from tpjax import cli, env
 from tpjax.bench import record
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,7 @@ def test_without_arguments_it_makes_text_on_four_devices(default_run):
 
 def test_it_starts_quietly_although_the_cuda_plugin_is_installed(default_run):
     """The plugin is there (the test extra installs it), a GPU is not."""
+    assert importlib.util.find_spec("jax_plugins.xla_cuda12")
     for done in default_run:
         for noise in ("cudart", "absl", "Traceback", "Unable to load CUDA", "Warning", "warning"):
             assert noise not in done.stderr
@@ -60,14 +62,33 @@ def test_the_second_start_compiles_nothing(default_run):
     assert second.stderr.count("from the cache") == 3 and "cached next time" not in second.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"], ["--wrong"]])
-def test_help_and_usage_errors_answer_at_once(words):
+@pytest.mark.parametrize(
+    "words, code",
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("--wrong", 2),
+        ("generate --help", 0),
+        ("generate --version", 0),
+        ("generate --temperature -1", 2),
+        ("generate --max-tokens 0", 2),
+        ("generate --dtype int3", 2),
+        ("generate --max-model-len 1", 2),
+        ("generate --stop=", 2),
+        ("generate --prompt=", 2),
+        ("generate -tp 0", 2),
+        ("generate --stream --json", 2),
+        ("bench decode --rounds 1", 2),
+        ("bench decode --batch 0", 2),
+    ],
+)
+def test_help_and_usage_errors_answer_at_once(words, code):
     """Under 0.3 s, without importing jax; the best of three, the machine may be busy."""
-    code = 2 if "--wrong" in words else 0
+    words = words.split()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        run("-X", "importtime", "-m", "tpjax.cli", *words, code=code)
+        run("-m", "tpjax.cli", *words, code=code)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.3
     imported = run("-X", "importtime", "-m", "tpjax.cli", *words, code=code).stderr
@@ -121,13 +142,48 @@ def test_streamed_and_whole_text_are_the_same(capsys):
         (["--dtype", "int3"], 2, "int3"),
         (["--model", "/nowhere/at/all"], 3, "no such folder"),
         (["--model", "tests/data"], 3, "no config.json"),
-        (["-tp", "8", "--data-parallel-size", "4"], 4, "needs 32 devices"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_exit_code(capsys, words, code, told):
     got, out, err = main(capsys, "generate", "--quiet", *words)
     assert (got, out) == (code, "") and told in err
     assert err.startswith("tpjax: error: ") and err.count("\n") == 1
+
+
+def test_more_devices_than_there_are():
+    done = run("-m", "tpjax.cli", *"generate --quiet --devices 2 -tp 8".split(), code=4)
+    assert "needs 8 devices, 2 cpu device(s) found" in done.stderr
+    assert "--devices 8" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_users_own_number_of_devices_is_kept():
+    """Without -tp all of them are used, as far as the model allows: 6 devices, 8 heads."""
+    words = "-m tpjax.cli generate --max-tokens 2".split()
+    err = run(*words, JAX_NUM_CPU_DEVICES="6", JAX_PLATFORMS="cpu").stderr
+    assert "using 4 of 6 devices: heads=8" in err and "tensor=4 x rep=1" in err
+
+
+def nodes(monkeypatch, *there: str, plugins: bool = True):
+    monkeypatch.setattr("tpjax.env.Path.exists", lambda path: str(path) in there)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: plugins or None)
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_an_accelerator_counts_only_if_jax_can_use_it(monkeypatch):
+    nodes(monkeypatch, "/dev/nvidia0")
+    assert env.has_accelerator()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not env.has_accelerator()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not env.has_accelerator()
+    nodes(monkeypatch, "/dev/accel0")
+    assert env.has_accelerator()
+    nodes(monkeypatch, "/dev/nvidia0", plugins=False)
+    assert not env.has_accelerator()
+    nodes(monkeypatch)
+    assert not env.has_accelerator()
 
 
 def test_an_unexpected_failure_is_one_line_too_and_debug_shows_it_all(capsys, monkeypatch):
@@ -170,5 +226,3 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     text = file.read_text()
     assert text.startswith("# Benchmarks\n\nWords.\n") and record.HEADING in text
     assert text.splitlines()[-1].count("|") == record.COLUMNS.count("|") + 2
-    code, _, err = main(capsys, "bench", "decode", "--rounds", "1")
-    assert code == 2 and "--rounds 1" in err

@@ -1,6 +1,8 @@
 """Whole requests: the same tokens on every mesh and in any company, stop conditions, streaming, and
 no compile after warm-up."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,6 @@ from tpjax.engine.request import Detokenizer
 from tpjax.errors import UsageError
 from tpjax.executables import compiles
 
-MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)]
 KINDS = [
     dict(temperature=0.0),
     dict(temperature=1.0),
@@ -47,26 +48,53 @@ def tokens(outputs):
 
 @pytest.fixture(scope="module")
 def on_one_device(tiny_model):
-    folder, _ = tiny_model()
-    llm = tpjax.LLM(folder, 1, max_model_len=160, max_num_seqs=4, say=lambda line: None)
+    """Requests and the tokens one device gives them; once for each number of key/value heads."""
     prompts, params = prompts_and_params(8, 131)
-    return prompts, params, tokens(llm.generate(prompts, params))
+
+    @functools.cache
+    def run(kv_heads):
+        folder, _ = tiny_model(num_key_value_heads=kv_heads)
+        llm = tpjax.LLM(folder, 1, max_model_len=160, max_num_seqs=4, say=lambda line: None)
+        return prompts, params, tokens(llm.generate(prompts, params))
+
+    return run
 
 
-@pytest.mark.parametrize("data, tensor", MESHES[1:])
-def test_same_seed_same_tokens_on_every_mesh(tiny_model, quiet, on_one_device, data, tensor):
+@pytest.mark.parametrize(
+    "data, tensor, kv_heads, split",
+    [
+        (1, 2, 4, (1, 2, 1)),
+        (1, 4, 4, (1, 4, 1)),
+        (1, 8, 8, (1, 8, 1)),
+        (1, 8, 4, (1, 4, 2)),
+        (1, 8, 2, (1, 2, 4)),
+        (2, 4, 4, (2, 4, 1)),
+    ],
+)
+def test_same_seed_same_tokens_on_every_mesh(
+    tiny_model, on_one_device, data, tensor, kv_heads, split
+):
     """Greedy and sampled, more requests than rows, so that rows are refilled."""
-    folder, _ = tiny_model()
-    prompts, params, wanted = on_one_device
+    prompts, params, wanted = on_one_device(kv_heads)
+    folder, _ = tiny_model(num_key_value_heads=kv_heads)
+    said = []
     llm = tpjax.LLM(
         folder,
         tensor,
         data_parallel_size=data,
         max_model_len=160,
         max_num_seqs=4,
-        **quiet,
+        say=said.append,
     )
+    assert tuple(llm.plan.mesh.shape.values()) == split
+    rep = (
+        f"tensor=8 is more than kv_heads={kv_heads}: split into tensor={split[1]} x rep={split[2]}"
+    )
+    assert said == ([rep] if split[2] > 1 else [])
     assert tokens(llm.generate(prompts, params)) == wanted
+    if data > 1:  # each alone, too: prompts that are prefilled together are cut alike
+        alone = [tokens(llm.generate([p], s))[0] for p, s in zip(prompts, params, strict=True)]
+        assert alone == wanted
 
 
 def test_a_request_alone_or_among_seven_others(llm):
@@ -178,6 +206,23 @@ def test_default_params_come_from_the_generation_config(llm, tiny_model, quiet):
     folder, _ = tiny_model()
     bare = tpjax.LLM(folder, max_model_len=32, **quiet)
     assert bare.get_default_sampling_params().temperature == 0.0
+
+
+def test_preparing_and_refused_calls_do_not_change_what_is_drawn(tiny_model, quiet):
+    folder, _ = tiny_model()
+    params = SamplingParams(temperature=1.0, max_tokens=8)
+
+    def run(before):
+        llm = tpjax.LLM(folder, 2, max_model_len=32, max_num_seqs=1, **quiet)
+        before(llm)
+        return tokens(llm.generate([[3, 4, 5]], params))
+
+    def refused(llm):
+        with pytest.raises(UsageError):
+            llm.generate([[3], [10**6]], params)
+
+    plain = run(lambda llm: None)
+    assert run(lambda llm: llm.prepare([[3, 4, 5]])) == plain == run(refused)
 
 
 def test_seeds_not_given_differ_by_request_and_repeat_by_engine(tiny_model, quiet):

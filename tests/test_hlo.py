@@ -46,12 +46,14 @@ def test_the_other_sum_algorithm_is_two_halves():
     assert seen["all-reduce"] == 1 and seen["reduce-scatter"] == 2 * SMALL.layers
 
 
-def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight():
-    """XLA's default would copy every weight to float32 on every call; see ops/matmul.py."""
+@pytest.mark.parametrize("data", [1, 2])
+def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(data):
+    """XLA's default would copy every weight to float32 on every call; see nn/linear.py. One row,
+    and one row per replica, are the hard cases."""
     config = replace(SMALL, dtype="bfloat16", embed=512, mlp=2048, vocab=8192, layers=1)
-    exe = executables(config, Plan(mesh=make_mesh(tensor=2)), 64, 4)
+    exe = executables(config, Plan(mesh=make_mesh(data=data, tensor=2)), 64, 4)
     smallest = config.embed * config.kv_heads * config.head_dim // 2  # elements, a key projection
-    for name in ("decode[b1]", "decode[b4]", "prefill[t32]"):
+    for name in (f"decode[b{data}]", "decode[b4]", "prefill[t32]"):
         compiled = exe.lower(name).compile()
         text = compiled.as_text()
         assert text.count("__ynn_fusion") >= 8, f"{name}: products outside the fast path"

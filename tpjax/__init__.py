@@ -28,6 +28,6 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'tpjax' has no attribute {name!r}")
     from tpjax import env
 
-    if name not in ("ModelConfig", "SamplingParams"):
+    if name == "make_mesh":
         env.start()
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,6 +1,7 @@
 """The `tpjax` command. Parsing only: jax is imported once the arguments are known to be good."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        # Whoever read our output has gone; what is still buffered for them must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
@@ -63,6 +65,7 @@ def _add_generate(commands) -> None:
         epilog="example: tpjax generate --model meta-llama/Llama-3.2-1B -tp 2 --prompt 'Once'",
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"tpjax {__version__}")
     add("--model", metavar="DIR|ID", help="a folder or a hub id; default: the bundled model")
     add("--prompt", action="append", metavar="TEXT", help="repeatable")
     add("--prompts-file", metavar="FILE", help="one prompt per line; - is standard input")

@@ -55,7 +55,6 @@ class ModelConfig:
     head_dim: int
     mlp: int
     norm_eps: float = 1e-6
-    act: Literal["silu"] = "silu"
     attn_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False

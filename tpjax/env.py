@@ -16,6 +16,7 @@ TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -39,30 +40,60 @@ def start(devices: int | None = None) -> None:
     if _started:
         return
     _started = True
+    on_cpu = devices is not None or not has_accelerator()
     flags = os.environ.get("XLA_FLAGS", "")
-    if YNN_FLAG not in flags and importlib.metadata.version("jaxlib").startswith(_FLAG_VERSIONS):
+    known = importlib.metadata.version("jaxlib").startswith(_FLAG_VERSIONS)
+    if on_cpu and known and YNN_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}=individual_dot".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    with _without_plugin_noise():
+    # XLA aborts on a wrong flag of the user's, and what it says then must be seen.
+    with contextlib.nullcontext() if flags or not on_cpu else _without_plugin_noise():
         import jax
 
+        if on_cpu:
+            jax.config.update("jax_platforms", "cpu")
         if devices is not None:
-            jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", devices)
-        elif not getattr(jax.config, "jax_platforms", None) and not has_accelerator():
-            jax.config.update("jax_platforms", "cpu")
-        if not getattr(jax.config, "jax_compilation_cache_dir", None):
-            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        _cache_executables(jax.config)
         jax.devices()
 
 
+def _cache_executables(config) -> None:
+    if config.jax_compilation_cache_dir:
+        return
+    config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    for option, value in (
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        if option.upper() not in os.environ:
+            config.update(option, value)
+
+
+def without_executable_cache() -> None:
+    """Build everything anew: for measuring how long that takes."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def has_accelerator() -> bool:
-    """Whether this machine shows a GPU or TPU, told without starting jax."""
-    nodes = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0", "/dev/dxg")
-    return any(Path(node).exists() for node in nodes)
+    """Whether jax will find a GPU or TPU here, told without starting it: the device is there, jax's
+    plugin for it is installed, and the user has not turned either off."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    nvidia = any(Path(n).exists() for n in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))
+    nvidia &= os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    other = any(Path(n).exists() for n in ("/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return (nvidia or other) and plugins
+
+
+def cpu_devices_chosen() -> bool:
+    """Whether the user has already said how many CPU devices there are to be."""
+    flag = "xla_force_host_platform_device_count"
+    return "JAX_NUM_CPU_DEVICES" in os.environ or flag in os.environ.get("XLA_FLAGS", "")
 
 
 def cache_dir() -> Path:

@@ -175,7 +175,8 @@ def fast_on_cpu(dtype: str) -> bool:
     It does not if jax was started before tpjax could set the flag, or if the user cleared it."""
     x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 256), (512, 256)))
     product = jax.jit(lambda x, w: jnp.einsum("RI,OI->RO", x, w, preferred_element_type="float32"))
-    return dtype == "float32" or "__ynn_fusion" in product.lower(x, w).compile().as_text()
+    text = product.lower(x, w).compile().as_text() or ""
+    return dtype == "float32" or "__ynn_fusion" in text
 
 
 def _jit(fn, donated: int):

@@ -3,22 +3,26 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tpjax import env
+from tpjax.config import DTYPES
+from tpjax.devices import choose_degree, start_devices
 from tpjax.errors import UsageError
+from tpjax.params import SamplingParams
 
 DEFAULT_PROMPT = "ROMEO:\n"
-DEFAULT_CPU_DEVICES = 4
 
 
 def generate(args: argparse.Namespace) -> int:
     """Load, complete every prompt, print. Text to stdout, everything else to stderr."""
     prompts = read_prompts(args)
+    words = ("temperature", "top_k", "top_p", "min_p")
+    asked = {w: getattr(args, w) for w in words if getattr(args, w) is not None}
+    asked |= dict(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop))
+    check(args, prompts, asked)
     start_devices(args)
     from tpjax.checkpoint.folder import bundled, locate, read_folder
     from tpjax.engine.llm import LLM
@@ -37,30 +41,17 @@ def generate(args: argparse.Namespace) -> int:
         on_build=report.building,
         say=report.say,
     )
-    words = {w: getattr(args, w) for w in ("temperature", "top_k", "top_p", "min_p")}
-    params = replace(
-        llm.get_default_sampling_params(),
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        **{word: value for word, value in words.items() if value is not None},
-    )
+    params = replace(llm.get_default_sampling_params(), **asked)
     report.loaded(llm)
     llm.prepare(prompts[:1] if args.stream else prompts)
-    if args.stream and not args.json:
+    if args.stream:
         for prompt in prompts:
             _stream(llm, prompt, params, report)
         return 0
     outputs = _complete(llm, prompts, params, args.quiet)
     for output in outputs:
         _show(output, args.json, report)
-    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
-    seconds = max(o.timings.total for o in outputs)
-    first = min(o.timings.time_to_first_token for o in outputs)
-    report.say(
-        f"compiled in {report.compile_s:.1f} s; first token after {first * 1e3:.0f} ms,"
-        f" {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
-    )
+    report.speed(outputs)
     return 0
 
 
@@ -77,11 +68,15 @@ def _complete(llm, prompts, params, quiet: bool):
 
 
 def _stream(llm, prompt: str, params, report) -> None:
-    pieces = llm.stream(prompt, params)
-    report.say(prompt.rstrip("\n"))
+    last = []
+    pieces = llm.stream(
+        prompt, params, on_progress=lambda request: last.__setitem__(slice(1), [request])
+    )
+    report.say(f"\n{prompt.rstrip()}")
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
+    report.speed([request.output() for request in last])
 
 
 def _show(output, as_json: bool, report) -> None:
@@ -99,6 +94,24 @@ def _show(output, as_json: bool, report) -> None:
     print(completion.text, flush=True)
 
 
+def check(args: argparse.Namespace, prompts: list[str], asked: dict) -> None:
+    """Raise UsageError for what can be told to be wrong before jax is even imported."""
+    SamplingParams(**asked)
+    check_dtype_and_length(args.dtype, args.max_model_len)
+    if not all(prompts):
+        raise UsageError("empty prompt: give at least one character")
+    if args.stream and args.json:
+        raise UsageError("--stream prints text and --json objects: give one of them")
+
+
+def check_dtype_and_length(dtype: str, max_model_len: int | None) -> None:
+    """The same for the options every command has."""
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype={dtype!r}: known are auto, {', '.join(DTYPES)}")
+    if max_model_len is not None and max_model_len < 2:
+        raise UsageError(f"max_model_len={max_model_len}: must be a whole number, 2 or more")
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts asked for, or the default one."""
     prompts = list(args.prompt or [])
@@ -111,43 +124,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             )
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts-file {args.prompts_file}: {error}") from error
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
         if not lines:
             raise UsageError(f"--prompts-file {args.prompts_file}: no prompt in it")
         prompts += lines
     return prompts or [DEFAULT_PROMPT]
-
-
-def start_devices(args: argparse.Namespace) -> None:
-    """Start jax on the devices asked for: accelerators if there are any, else forced CPU devices,
-    as many as the mesh needs or four."""
-    tensor, data = args.tensor_parallel_size, args.data_parallel_size
-    for name, size in (
-        ("--tensor-parallel-size", tensor),
-        ("--data-parallel-size", data),
-        ("--devices", args.devices),
-    ):
-        if size is not None and size < 1:
-            raise UsageError(f"{name} {size}: must be 1 or more")
-    devices = args.devices
-    if devices is None and not env.has_accelerator():
-        devices = (tensor or DEFAULT_CPU_DEVICES) * (data or 1)
-    env.start(devices)
-
-
-def choose_degree(args: argparse.Namespace, config, say: Callable[[str], None]) -> int:
-    """The tensor degree asked for, or the largest this model allows on all devices."""
-    if args.tensor_parallel_size is not None:
-        return args.tensor_parallel_size
-    import jax
-
-    from tpjax.parallel.mesh import allowed_degrees
-
-    available = args.devices or (len(jax.devices()) if env.has_accelerator() else None)
-    if available is None:
-        available = DEFAULT_CPU_DEVICES * (args.data_parallel_size or 1)
-    each = max(1, available // (args.data_parallel_size or 1))
-    degree = max(d for d in allowed_degrees(config) if d <= each)
-    if degree < each:
-        say(f"using {degree} of {each} devices: heads={config.heads} cannot be split further")
-    return degree

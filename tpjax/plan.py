@@ -78,7 +78,8 @@ class Plan:
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def sum(self, y: jax.Array, partial: MeshAxes, *axes: str | None) -> jax.Array:
-        """The one place where partial sums become sums. ``axes``: logical axes of the result."""
+        """The one place where partial sums of products become sums. ``axes``: logical axes of the
+        result."""
         if not partial:
             return y
         unreduced = self.spec(*axes, partial=partial)

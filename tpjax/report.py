@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from tqdm import tqdm
 
 from tpjax.engine.llm import LLM
+from tpjax.engine.memory import GB
+from tpjax.engine.request import RequestOutput
 from tpjax.executables import Built
 from tpjax.parallel.mesh import picture
 from tpjax.weights import WeightSpec
-
-GB = 1e9
 
 
 class Report:
@@ -51,12 +51,23 @@ class Report:
 
         return done
 
+    def speed(self, outputs: list[RequestOutput]) -> None:
+        """Compile seconds, time to first token, tokens per second of finished requests."""
+        tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+        seconds = max(o.timings.total for o in outputs)
+        first = min(o.timings.time_to_first_token for o in outputs)
+        self.say(
+            f"compiled in {self.compile_s:.1f} s; first token after {first * 1e3:.0f} ms,"
+            f" {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
+        )
+
     def loaded(self, llm: LLM) -> None:
         """The mesh and what it holds, once the weights are there."""
         memory = llm.memory
         self.say(picture(llm.plan.mesh, llm.config))
         self.say(
-            f"per device: weights {memory.weights / GB:.3f} GB, cache {memory.cache / GB:.3f} GB"
-            f" of {memory.available / GB:.1f} GB; {llm.table.parameters / 1e6:,.1f} M parameters in"
-            f" {llm.config.dtype}, loaded in {self.load_s:.1f} s"
+            f"per device: weights {memory.weights / GB:.3f} GB, cache {memory.cache / GB:.3f} GB of"
+            f" {memory.available / GB:.1f} GB; {llm.config.family} of"
+            f" {llm.table.parameters / 1e6:,.1f} M parameters in {llm.config.dtype}, loaded in"
+            f" {self.load_s:.1f} s"
         )

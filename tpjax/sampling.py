@@ -4,7 +4,6 @@ B sequences, V vocabulary, E stop ids, N tokens asked for in logprobs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax.ops import topk
-from tpjax.params import MAX_LOGPROBS, Row
+from tpjax.params import MAX_LOGPROBS, Row, SamplingParams
 from tpjax.plan import Plan
 
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less would overflow
@@ -36,52 +35,68 @@ class Rows:
     stop_BE: jax.Array  # padded with -1
 
 
-COLUMNS = 10 + DEVICE_STOP_IDS
+_WORDS = (
+    "token position remaining seed_high seed_low temperature top_k top_p min_p logprobs".split()
+)
+_COLUMN = {word: i for i, word in enumerate(_WORDS)}
+COLUMNS = len(_WORDS) + DEVICE_STOP_IDS
 
 
 def pack(rows: Sequence[Row | None]) -> np.ndarray:
     """Int32 ``[B, COLUMNS]``: everything one dispatch needs to know, in one upload."""
     packed = np.zeros((len(rows), COLUMNS), np.int32)
-    packed[:, 7] = np.float32(1).view(np.int32)  # top_p of an empty row: off
-    packed[:, 9:] = -1
+    packed[:, len(_WORDS) :] = -1
     for out, row in zip(packed, rows, strict=True):
+        p = row.params if row else SamplingParams(temperature=0.0)
+        reals = {
+            "temperature": p.temperature if p.temperature >= GREEDY_BELOW else 0.0,
+            "top_p": p.top_p,
+            "min_p": p.min_p,
+        }
+        for word, value in reals.items():
+            out[_COLUMN[word]] = np.float32(value).view(np.int32)
+        out[_COLUMN["logprobs"]] = -1 if p.logprobs is None else p.logprobs
+        out[_COLUMN["top_k"]] = min(max(p.top_k, 0), 2**30)
         if row is None:
             continue
-        p = row.params
-        words = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        temperature = p.temperature if p.temperature >= GREEDY_BELOW else 0.0
-        floats = np.array([temperature, p.top_p, p.min_p], np.float32).view(np.int32)
-        logprobs = -1 if p.logprobs is None else p.logprobs
-        top_k = max(p.top_k, 0)
-        out[:5] = row.token, row.position, row.remaining, *words
-        out[5:10] = floats[0], min(top_k, 2**30), floats[1], floats[2], logprobs
+        for word in ("token", "position", "remaining"):
+            out[_COLUMN[word]] = getattr(row, word)
+        seed = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32)
+        out[_COLUMN["seed_high"] : _COLUMN["seed_low"] + 1] = seed.view(np.int32)
         stop = row.stop_ids[:DEVICE_STOP_IDS]
-        out[10 : 10 + len(stop)] = stop
+        out[len(_WORDS) : len(_WORDS) + len(stop)] = stop
     return packed
 
 
 def unpack(packed_BC: jax.Array) -> Rows:
     """The inverse of `pack`, while tracing."""
-    real = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+
+    def whole(word: str) -> jax.Array:
+        return packed_BC[:, _COLUMN[word]]
+
+    def real(word: str) -> jax.Array:
+        return jax.lax.bitcast_convert_type(whole(word), jnp.float32)
+
+    seed_B2 = jnp.stack([whole("seed_high"), whole("seed_low")], axis=-1)
     return Rows(
-        token_B=packed_BC[:, 0],
-        position_B=packed_BC[:, 1],
-        remaining_B=packed_BC[:, 2],
-        seed_B2=jax.lax.bitcast_convert_type(packed_BC[:, 3:5], jnp.uint32),
-        temperature_B=real(packed_BC[:, 5]),
-        top_k_B=packed_BC[:, 6],
-        top_p_B=real(packed_BC[:, 7]),
-        min_p_B=real(packed_BC[:, 8]),
-        logprobs_B=packed_BC[:, 9],
-        stop_BE=packed_BC[:, 10:],
+        token_B=whole("token"),
+        position_B=whole("position"),
+        remaining_B=whole("remaining"),
+        seed_B2=jax.lax.bitcast_convert_type(seed_B2, jnp.uint32),
+        temperature_B=real("temperature"),
+        top_k_B=whole("top_k"),
+        top_p_B=real("top_p"),
+        min_p_B=real("min_p"),
+        logprobs_B=whole("logprobs"),
+        stop_BE=packed_BC[:, len(_WORDS) :],
     )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One new token per sequence; -2 where the logits were not a number. Logprobs are of the raw
-    logits: the chosen token's, and the likeliest tokens' with their ids."""
+    """One new token per sequence; -2 where the largest logit was NaN or infinite. Logprobs are of
+    the raw logits: the chosen token's, and the likeliest tokens' with their ids."""
 
     token_B: jax.Array
     logprob_B: jax.Array
@@ -125,7 +140,7 @@ def sample(plan: Plan, vocab: int, logits_BV: jax.Array, rows: Rows) -> Drawn:
             lambda: _logprobs(logits, shards, token),
             lambda: nothing,
         )
-        token = jnp.where(jnp.isnan(best), NOT_A_NUMBER, token)
+        token = jnp.where(jnp.isfinite(best), token, NOT_A_NUMBER)
         drawn = Drawn(token, *logprobs)
         if plan.data == 1:
             return drawn
@@ -187,7 +202,8 @@ def _logprobs(logits, shards, token_B):
     short = MAX_LOGPROBS - value.shape[1]
     if short > 0:  # a vocabulary smaller than the list
         value = jnp.pad(value, ((0, 0), (0, short)), constant_values=-jnp.inf)
-        id_ = jnp.pad(id_, ((0, 0), (0, short)), constant_values=-1)
+        id_ = jnp.pad(id_, ((0, 0), (0, short)))
+    id_ = jnp.where(value > -jnp.inf, id_, -1)  # padding
     size = logits.shape[1]
     at = token_B - shards.first_id(size)
     mine = (at >= 0) & (at < size)

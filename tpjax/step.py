@@ -29,29 +29,28 @@ def prefill(
     """Append ``count`` tokens of each sequence from position ``start`` on and draw the token that
     follows them. A long prompt comes in several calls; only the last one's token is meant."""
     rows = sampling.unpack(packed_BC)
-    model = table.module(weights)
-    position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
-    plan = table.plan
-    x_BTD, cache = model(
-        jax.reshard(token_BT, plan.spec("batch", None)),
-        jax.reshard(position_BT, plan.spec("batch", None)),
-        cache,
-    )
-    x_B1D = last_token(x_BTD, jax.reshard(count_B, plan.spec("batch")))
-    return cache, _draw(
-        table, model, x_B1D, dataclasses.replace(rows, position_B=start_B + count_B - 1)
-    )
+    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B)
+    x_B1D = last_token(x_BTD, jax.reshard(count_B, table.plan.spec("batch")))
+    rows = dataclasses.replace(rows, position_B=start_B + count_B - 1)
+    return cache, _draw(table, model, x_B1D, rows)
 
 
 def decode(
     table: WeightTable, weights: Leaves, cache: KVCache, rows: Rows
 ) -> tuple[KVCache, Drawn]:
     """One token for every sequence: write the last token's keys and values, draw the next."""
-    plan, model = table.plan, table.module(weights)
-    token_B1 = jax.reshard(rows.token_B[:, None], plan.spec("batch", None))
-    position_B1 = jax.reshard(rows.position_B[:, None], plan.spec("batch", None))
-    x_B1D, cache = model(token_B1, position_B1, cache)
+    model, x_B1D, cache = _append(table, weights, cache, rows.token_B[:, None], rows.position_B)
     return cache, _draw(table, model, x_B1D, rows)
+
+
+def _append(table: WeightTable, weights: Leaves, cache: KVCache, token_BT, start_B):
+    """The model, the residual stream of T tokens from ``start`` on, and the cache with them."""
+    plan, model = table.plan, table.module(weights)
+    position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
+    by_batch = plan.spec("batch", None)
+    token_BT, position_BT = jax.reshard(token_BT, by_batch), jax.reshard(position_BT, by_batch)
+    x_BTD, cache = model(token_BT, position_BT, cache)
+    return model, x_BTD, cache
 
 
 def _draw(table: WeightTable, model, x_B1D: jax.Array, rows: Rows) -> Drawn:
@@ -137,11 +136,5 @@ def score(
     start_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
     """Like prefill, but returns float32 logits ``[B, T, V]`` of every position."""
-    plan, model = table.plan, table.module(weights)
-    position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
-    x_BTD, cache = model(
-        jax.reshard(token_BT, plan.spec("batch", None)),
-        jax.reshard(position_BT, plan.spec("batch", None)),
-        cache,
-    )
+    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B)
     return cache, model.logits(x_BTD)

@@ -2,6 +2,9 @@
 
 Decode time is the time for N + 1 tokens minus the time for one, so that prefill cancels out; every
 figure is a median over rounds, with its spread. Nothing compiles while it is measured.
+``ms_per_token`` and ``bytes_per_token`` are those of one step, which makes a token for every
+sequence of the batch; ``load_s`` is null where weights are random; the disk cache of executables is
+off.
 """
 
 import argparse
@@ -12,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tpjax import env
 from tpjax.bench import record
 from tpjax.bench.bandwidth import read_bandwidth
 from tpjax.cache import KVCache
+from tpjax.devices import choose_degree, start_devices
 from tpjax.errors import RunError, UsageError
-from tpjax.generate import choose_degree, start_devices
+from tpjax.generate import check_dtype_and_length
 
 
 def bench_decode(args: argparse.Namespace) -> int:
@@ -26,7 +31,9 @@ def bench_decode(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
+    check_dtype_and_length(args.dtype, None)
     start_devices(args)
+    env.without_executable_cache()
     result = measure(args)
     print(json.dumps(result, indent=None if args.json else 2), flush=True)
     if args.record:
@@ -86,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     step_bytes = bytes_per_step(llm)
     per_token = statistics.median(decode) / args.max_tokens
-    limit = statistics.median(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
+    limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
     tokens = args.batch * args.max_tokens
     return {
         "model": str(args.config or args.model or "bundled"),
@@ -98,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict:
         "prompt_length": args.prompt_length,
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
-        "load_s": round(report.load_s, 3),
+        "load_s": None if args.config else round(report.load_s, 3),
         "compile_s": round(report.compile_s, 3),
         "prefill_tok_s": round(args.batch * args.prompt_length / statistics.median(first), 2),
         "decode_tok_s": round(tokens / statistics.median(decode), 2),

@@ -76,7 +76,7 @@ def row(r: dict) -> str:
         mesh,
         r["batch"],
         r["prompt_length"],
-        r["load_s"],
+        "-" if r["load_s"] is None else r["load_s"],
         r["compile_s"],
         r["prefill_tok_s"],
         f"{r['decode_tok_s']} ({low} to {high})",

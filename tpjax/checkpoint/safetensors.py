@@ -1,6 +1,6 @@
 """Hugging Face safetensors folders: what is in them, and reading any slice of any tensor.
 
-The kept library does the reading; this file finds the shards, checks everything that can be
+The safetensors library does the reading; this file finds the shards, checks everything that can be
 checked without reading a weight, and turns what is wrong into one line each.
 """
 

@@ -65,41 +65,40 @@ class Engine:
         return WAITED_FOR if queue or any(r.params.stop for r in live) else DISPATCH
 
     def _next_group(self, waiting: deque, slots: list) -> dict[int, tuple[int, Request]]:
-        """At most one request per replica, each with a free row of that replica."""
+        """At most one request per replica, each with a free row of that replica. Only prompts that
+        are cut into the same chunks go together, so that each is computed as it would be alone."""
         per_replica = len(slots) // self.data
-        group = {}
+        group: dict[int, tuple[int, Request]] = {}
+        chunks = self._chunks(waiting[0])
+        alike = [r for r in waiting if self._chunks(r) == chunks]
         for replica in range(self.data):
             rows = range(replica * per_replica, (replica + 1) * per_replica)
             free = next((row for row in rows if slots[row] is None), None)
-            if free is not None and waiting:
-                group[replica] = (free, waiting.popleft())
+            if free is not None and alike:
+                group[replica] = (free, alike.pop(0))
+                waiting.remove(group[replica][1])
         return group
 
+    def _chunks(self, request: Request) -> list[int]:
+        return self.exe.buckets.chunk_sizes(len(request.prompt_ids))
+
     def _prefill(self, one, group: dict[int, tuple[int, Request]]):
-        """All chunks of the group's prompts; returns the cache and the last chunk's tokens, which
-        for a shorter prompt are kept from the chunk it ended in."""
-        prompts = {replica: request.prompt_ids for replica, (_, request) in group.items()}
+        """All chunks of the group's prompts; returns the cache and the tokens that follow them."""
         rows = [group[r][1].prompt_row() if r in group else None for r in range(self.data)]
         packed = self.exe.upload(sampling.pack(rows))
-        longest = max(map(len, prompts.values()))
-        start, drawn_of = 0, {}
-        for size in self.exe.buckets.chunk_sizes(longest):
+        start, drawn = 0, None
+        for size in self._chunks(next(iter(group.values()))[1]):
             token = np.zeros((self.data, size), np.int32)
             count = np.ones(self.data, np.int32)
-            for replica, ids in prompts.items():
-                part = ids[start : start + size]
+            for replica, (_, request) in group.items():
+                part = request.prompt_ids[start : start + size]
                 token[replica, : len(part)] = part
-                count[replica] = max(len(part), 1)
+                count[replica] = len(part)
             begin = np.full(self.data, start, np.int32)
             args = map(self.exe.upload, (token, begin, count))
             one, drawn = self.exe[f"prefill[t{size}]"](self.weights, one, *args, packed)
-            for replica, ids in prompts.items():
-                if start < len(ids) <= start + size:
-                    drawn_of[replica] = drawn
             start += size
-        fetched = {id(d): jax.device_get(d) for d in drawn_of.values()}
-        by_replica = {replica: fetched[id(d)] for replica, d in drawn_of.items()}
-        return one, _select(by_replica, self.data)
+        return one, jax.tree.map(lambda x: x[None], jax.device_get(drawn))
 
     def _insert(self, cache, one, group, batch: int):
         per_replica = batch // self.data
@@ -130,13 +129,6 @@ class Engine:
                     " this dtype, try dtype=bfloat16 or float32"
                 )
             request.accept(token, _logprobs(request, drawn, n, row, token))
-
-
-def _select(drawn_of: dict[int, Drawn], data: int) -> Drawn:
-    """One step ``[1, B]`` whose row r is taken from ``drawn_of[r]``."""
-    some = next(iter(drawn_of.values()))
-    pick = lambda *all_: np.stack([all_[r][r] for r in range(data)])[None]  # noqa: E731
-    return jax.tree.map(pick, *[drawn_of.get(r, some) for r in range(data)])
 
 
 def _logprobs(request: Request, drawn: Drawn, n: int, row: int, token: int):

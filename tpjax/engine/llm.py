@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,10 @@ from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
 DEFAULT_MAX_MODEL_LEN = 4096
+_KNOWN = (
+    "model, tensor_parallel_size, data_parallel_size, dtype, max_model_len, max_num_seqs, seed,"
+    " plan, mesh"
+).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",
     "tp_size": "tensor_parallel_size",
@@ -43,7 +47,11 @@ class LLM:
     ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a
     mesh; ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or
     float16. ``max_model_len``: prompt plus generated tokens, by default the model's own limit but
-    at most 4096. ``max_num_seqs``: sequences decoded together. ``seed``: for requests without one.
+    at most 4096. ``max_num_seqs``: sequences decoded together, rounded up to whole rows per
+    replica. ``seed``: for requests without one.
+
+    For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
+    executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
 
     Raises CheckpointError, UsageError or ResourceError before anything large is allocated.
     """
@@ -66,8 +74,7 @@ class LLM:
         say: Callable[[str], None] | None = None,
         **unknown,
     ):
-        known = ("tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "seed", "plan")
-        refuse_unknown("LLM", unknown, known, _RENAMED)
+        refuse_unknown("LLM", unknown, _KNOWN, _RENAMED)
         if max_model_len is not None:
             whole("max_model_len", max_model_len, 2, 2**31)
         whole("max_num_seqs", max_num_seqs, 1, 2**31)
@@ -126,15 +133,16 @@ class LLM:
             raise CheckpointError(f"{self.folder.path}: generation_config.json: {error}") from error
 
     def warm_up(self) -> None:
-        """Build every executable generation can use: no compile happens after this."""
+        """Build every executable `generate` and `stream` can use: they compile nothing after this
+        (`logits` has its own)."""
         self.executables.build(self.executables.all_names())
 
     def prepare(self, prompts: Prompt | Sequence[Prompt]) -> None:
         """Build only what these prompts will need, now."""
-        self._build_for(self._requests(prompts, None))
+        self._build_for(map(self._ids, as_prompts(prompts)))
 
-    def _build_for(self, requests: list[Request]) -> None:
-        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
+    def _build_for(self, prompt_ids: Iterable[list[int]]) -> None:
+        self.executables.build(self.executables.for_requests(map(len, prompt_ids)))
 
     def generate(
         self,
@@ -150,14 +158,18 @@ class LLM:
         requests = self._requests(prompts, sampling_params)
         if not requests:
             return []
-        self._build_for(requests)
+        self._build_for(r.prompt_ids for r in requests)
         for request in self._engine.run(requests):
             if on_progress:
                 on_progress(request)
         return [request.output() for request in requests]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        on_progress: Callable[[Request], None] | None = None,
     ) -> Iterator[str]:
         """Yield one prompt's text as it is made; its pieces joined are what `generate` returns."""
         requests = self._requests(prompt, sampling_params)
@@ -165,11 +177,13 @@ class LLM:
             raise UsageError("stream takes one prompt; use generate for several")
         if self.tokenizer is None:
             raise UsageError(f"{self.folder.path}: no tokenizer, so there is no text to stream")
-        self._build_for(requests)
-        return self._pieces(requests)
+        self._build_for(r.prompt_ids for r in requests)
+        return self._pieces(requests, on_progress)
 
-    def _pieces(self, requests: list[Request]) -> Iterator[str]:
+    def _pieces(self, requests: list[Request], on_progress) -> Iterator[str]:
         for request in self._engine.run(requests, tokens=1):
+            if on_progress:
+                on_progress(request)
             if text := request.new_text():
                 yield text
 
@@ -197,21 +211,25 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         each = as_params(sampling_params, len(many))
-        return [self._request(p, s) for p, s in zip(many, each, strict=True)]
+        ids = [self._ids(prompt) for prompt in many]
+        for params in each:
+            if params.stop and self.tokenizer is None:
+                raise UsageError("stop strings need a tokenizer; use stop_token_ids")
+            beyond = [i for i in params.stop_token_ids if i >= self.config.vocab]
+            if beyond:
+                raise UsageError(f"stop_token_ids {beyond}: outside vocab={self.config.vocab}")
+        # Only now, so that a refused call does not change what later ones draw.
+        return [self._request(*of) for of in zip(many, ids, each, strict=True)]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if params.stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer; use stop_token_ids")
-        text = prompt if isinstance(prompt, str) else None
+    def _ids(self, prompt: Prompt) -> list[int]:
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        ids = check_ids(ids, self.config.vocab, self.max_model_len, room=1)
-        beyond = [i for i in params.stop_token_ids if i >= self.config.vocab]
-        if beyond:
-            raise UsageError(f"stop_token_ids {beyond}: outside vocab={self.config.vocab}")
+        return check_ids(ids, self.config.vocab, self.max_model_len, room=1)
+
+    def _request(self, prompt: Prompt, ids: list[int], params: SamplingParams) -> Request:
         number = next(self._count)
         return Request(
             id=str(number),
-            prompt=text,
+            prompt=prompt if isinstance(prompt, str) else None,
             prompt_ids=ids,
             params=params,
             seed=params.seed if params.seed is not None else (self.seed << 32) + number,

@@ -1,6 +1,7 @@
 """Does it fit? Asked before anything is allocated, answered in numbers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -18,6 +19,7 @@ class Memory:
 
     weights: int
     cache: int
+    temporary: int  # an upper bound
     available: int
 
 
@@ -29,17 +31,51 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
     rows = buckets.batch[-1] + (table.plan.data if buckets.batch[-1] > 1 else 0)
     weights = table.bytes_per_device
     cache = KVCache.bytes_per_device(table.config, table.plan, rows, buckets.context)
+    temporary = temporary_bytes(table, buckets)
     devices = table.plan.mesh.devices
-    stats = devices.flat[0].memory_stats() if table.plan.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        available = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    else:
-        available = psutil.virtual_memory().available // devices.size
-    if weights + cache > available:
+    available = min(map(_free, devices.flat)) if table.plan.platform != "cpu" else None
+    if available is None:
+        available = host_memory() // devices.size
+    if weights + cache + temporary > available:
         raise ResourceError(
             f"not enough memory: each of {devices.size} device(s) needs {weights / GB:.2f} GB for"
-            f" weights and {cache / GB:.2f} GB for the cache ({buckets.batch[-1]} sequences of"
-            f" {buckets.context} positions), {available / GB:.2f} GB are free; lower max_model_len"
-            " or max_num_seqs, or use more devices"
+            f" weights, {cache / GB:.2f} GB for the cache ({buckets.batch[-1]} sequences of"
+            f" {buckets.context} positions) and up to {temporary / GB:.2f} GB while running,"
+            f" {available / GB:.2f} GB are free; lower max_model_len or max_num_seqs, or use more"
+            " devices"
         )
-    return Memory(weights, cache, available)
+    return Memory(weights, cache, temporary, available)
+
+
+def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
+    """An upper bound of what prefill holds at once on one device: scores and shares of the largest
+    chunk against the whole context in float32, and a few rows of the widest activation."""
+    config, split = table.config, table.plan.tensor_degree
+    chunk = buckets.chunks[-1]
+    scores = 2 * config.heads // split * buckets.context
+    widest = 4 * (config.mlp // split + 2 * config.embed)
+    logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
+    return 4 * (chunk * (scores + widest) + logits)
+
+
+def _free(device) -> int:
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", 2**63) - stats.get("bytes_in_use", 0)
+
+
+def host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free bytes of host memory, or of the container's share where that is less. Cached files are
+    given back when needed, so they count as free."""
+    available = psutil.virtual_memory().available
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            free = int((root / limit).read_text()) - int((root / used).read_text())
+            stat = dict(line.split() for line in (root / cached).read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+        free += int(stat.get("inactive_file", 0))
+        available = min(available, max(0, free))
+    return available

@@ -66,8 +66,9 @@ class RequestOutput:
 
 
 class Detokenizer:
-    """Tokens in, text out, never half a character: bytes wait until they are whole, and the end of
-    the text waits while it could be the beginning of a stop string."""
+    """Tokens in, text out, never half a character: bytes wait until they are whole (and are left
+    out if that never happens), and the end of the text waits while it could be the beginning of a
+    stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt_ids: Sequence[int] = ()):
         self._backend = tokenizer.backend_tokenizer
@@ -84,7 +85,13 @@ class Detokenizer:
 
     def push(self, token: int) -> bool:
         """Add a token; True when a stop string is complete (and cut off)."""
-        piece = self._stream.step(self._backend, token)
+        try:
+            piece = self._stream.step(self._backend, token)
+        except Exception:
+            # Bytes that are no character can make a tokenizer rewrite what it said before; the
+            # library raises its base class for that. Text goes on after them.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = self._stream.step(self._backend, token)
         if not piece:
             return False
         searched = max(0, len(self.text) - max(map(len, self._stop), default=0))

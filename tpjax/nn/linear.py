@@ -8,6 +8,7 @@ B sequences, T tokens, R = B T rows, I input features, O output features.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from tpjax.nn.param import value, weight
@@ -53,9 +54,21 @@ def linear(
     in_axis: str | None,
 ) -> jax.Array:
     """The product in float32, summed over the devices that share the input axis."""
+    T_asked = x_BTI.shape[1]
+    if _alone_on_a_cpu(plan, x_BTI):
+        x_BTI = jnp.concatenate([x_BTI, x_BTI], axis=1)
     B, T, features = x_BTI.shape
     x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
     partial = plan.mesh_axes(in_axis)
-    y_RO = matmul(x_RI, w_OI, plan.spec("batch", out_axis, partial=partial), plan.platform)
-    y_RO = plan.sum(y_RO, partial, "batch", out_axis)[: B * T]
-    return plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
+    y_RO = matmul(x_RI, w_OI, plan.spec("batch", out_axis, partial=partial))
+    y_RO = plan.sum(y_RO, partial, "batch", out_axis)
+    y_BTO = plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
+    return y_BTO[:, :T_asked]
+
+
+def _alone_on_a_cpu(plan: Plan, x_BTI: jax.Array) -> bool:
+    """Whether each device would multiply a single row in 16 bits: XLA's fast kernels on a CPU
+    refuse one row, and what it does instead copies every weight to float32 on every call
+    (BENCHMARKS.md, "bfloat16 on a CPU")."""
+    rows = x_BTI.shape[0] // plan.shards("batch") * x_BTI.shape[1]
+    return plan.platform == "cpu" and rows == 1 and x_BTI.dtype != jnp.float32

@@ -168,8 +168,13 @@ def gumbel(key_B: jax.Array, id_BC: jax.Array) -> jax.Array:
         key_B, id_BC
     )
     bits = jax.random.key_data(keys)[..., 0]
-    uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-24)  # never 0, never 1
-    return -jnp.log(-jnp.log(uniform))
+    return -jnp.log(-jnp.log(uniform(bits)))
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Random uint32 as float32 strictly between 0 and 1: 23 bits, because with 24 the half that is
+    added would round the largest up to 1, and its noise would be infinite."""
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
 
 
 def draw_from_candidates(value_BC, id_BC, tau_B, key_B) -> jax.Array:

@@ -1,7 +1,8 @@
 """How partial sums become sums. The model never says; the plan picks one of these by name.
 
-Each takes ``y``, typed ``unreduced`` over the mesh axes ``partial``, and returns the sum, with
-spec ``out``. Cost per device for S bytes over n devices: about 2 S (n - 1) / n either way.
+Each takes ``y`` of spec ``unsummed``, which says ``unreduced`` over the mesh axes ``partial``, and
+returns the sum, with spec ``spec``. Cost per device for S bytes over n devices: about
+2 S (n - 1) / n either way.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,13 @@ from jax.sharding import PartitionSpec
 from tpjax.parallel.rules import MeshAxes
 
 
-def xla(y: jax.Array, partial: MeshAxes, summed: PartitionSpec, spec: PartitionSpec) -> jax.Array:
+def xla(y: jax.Array, partial: MeshAxes, unsummed: PartitionSpec, spec: PartitionSpec) -> jax.Array:
     """One all-reduce, which XLA may implement as it likes."""
     return jax.reshard(y, spec)
 
 
 def reduce_scatter_all_gather(
-    y: jax.Array, partial: MeshAxes, summed: PartitionSpec, spec: PartitionSpec
+    y: jax.Array, partial: MeshAxes, unsummed: PartitionSpec, spec: PartitionSpec
 ) -> jax.Array:
     """A reduce-scatter over the last axis, then an all-gather: the same bytes in two halves, which
     is where sequence parallelism and overlap will later put work in between."""
@@ -28,7 +29,7 @@ def reduce_scatter_all_gather(
         mine = jax.lax.psum_scatter(y_part, partial, scatter_dimension=last, tiled=True)
         return jax.lax.all_gather(mine, partial, axis=last, tiled=True)
 
-    return jax.shard_map(local, in_specs=summed, out_specs=spec, check_vma=False)(y)
+    return jax.shard_map(local, in_specs=unsummed, out_specs=spec, check_vma=False)(y)
 
 
 SUMS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "rs_ag": reduce_scatter_all_gather}
