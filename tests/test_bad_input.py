@@ -530,7 +530,7 @@ def test_the_numbers_of_not_enough_memory(tmp_path, monkeypatch, no_allocation):
         ({"torch_dtype": "float32"}, ("'torch_dtype'", "called dtype")),
         ({"trust_remote_code": True}, ("'trust_remote_code'", "never run here")),
         ({"gpu_memory_utilization": 0.9}, ("'gpu_memory_utilization'", "leave it out")),
-        ({"frobnicate": 1}, ("'frobnicate'", "known: tensor_parallel_size")),
+        ({"frobnicate": 1}, ("'frobnicate'", "known: model, tensor_parallel_size")),
     ],
 )
 def test_arguments_of_llm(folder, no_allocation, words, said):

@@ -13,12 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
-
 from tpjax import env
-from tpjax.bench import record
-from tpjax.bench.bandwidth import read_bandwidth
-from tpjax.cache import KVCache
 from tpjax.devices import choose_degree, start_devices
 from tpjax.errors import RunError, UsageError
 from tpjax.generate import check_dtype_and_length
@@ -34,7 +29,9 @@ def bench_decode(args: argparse.Namespace) -> int:
     check_dtype_and_length(args.dtype, None)
     start_devices(args)
     env.without_executable_cache()
-    result = measure(args)
+    from tpjax.bench import record
+
+    result = measure(args) | record.provenance()
     print(json.dumps(result, indent=None if args.json else 2), flush=True)
     if args.record:
         record.append(Path(args.record), result)
@@ -43,6 +40,9 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     """Load, build, and time `args.rounds` times one token and all tokens of the batch."""
+    import numpy as np
+
+    from tpjax.bench.bandwidth import read_bandwidth
     from tpjax.checkpoint import folder as folders
     from tpjax.engine.llm import LLM
     from tpjax.executables import compiles
@@ -114,13 +114,14 @@ def measure(args: argparse.Namespace) -> dict:
         "bytes_per_token": step_bytes,
         "read_bandwidth": round(limit),
         "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
-        **record.provenance(),
     }
 
 
 def bytes_per_step(llm) -> int:
     """What one decode step of the whole batch reads, on all devices together: every weight once per
     replica (of an untied embedding only a few rows) and the whole cache."""
+    from tpjax.cache import KVCache
+
     table, plan = llm.table, llm.plan
     untied = 0 if llm.config.tie_embeddings else table.by_path["embed.w"].bytes_per_device
     weights = (table.bytes_per_device - untied) * _devices(llm)

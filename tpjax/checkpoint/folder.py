@@ -130,8 +130,8 @@ def impossible(config: ModelConfig) -> str | None:
 
 
 def choose_dtype(asked: str, stored: str, platform: str) -> str:
-    """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is both exact and the
-    faster of the two (BENCHMARKS.md)."""
+    """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is exact and decodes one
+    sequence as fast as bfloat16 (BENCHMARKS.md)."""
     if asked != "auto":
         if not isinstance(asked, str) or asked not in DTYPES:
             raise UsageError(f"dtype={asked!r}: known are auto, {', '.join(DTYPES)}")

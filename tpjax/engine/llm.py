@@ -96,11 +96,6 @@ class LLM:
                 f"tensor={asked} is more than kv_heads={config.kv_heads}:"
                 f" split into tensor={tensor} x rep={rep}"
             )
-        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
-            say(
-                f"{dtype} products have no fast path on this CPU and take several times as long as"
-                " they should: import tpjax before jax is first used, or take dtype=float32"
-            )
         self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
         if self.max_model_len > config.max_position:
             raise UsageError(
@@ -117,6 +112,11 @@ class LLM:
         else:
             source = SafetensorsFolder(self.folder.path)
             self.weights = load.load(self.table, self.folder.family, source, progress)
+        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
+            say(
+                f"{dtype} products have no fast path on this CPU and take several times as long as"
+                " they should: import tpjax before jax is first used, or take dtype=float32"
+            )
         self.executables = Executables(self.table, buckets, on_build)
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
