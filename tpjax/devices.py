@@ -7,7 +7,7 @@ from tpjax import env
 from tpjax.errors import UsageError
 
 DEFAULT_CPU_DEVICES = 4
-MOST = 4096  # more than any machine that one process drives
+MOST = 512  # more than one process drives; forced CPU devices cost memory and threads
 
 
 def start_devices(args: argparse.Namespace) -> None:
