@@ -1,12 +1,15 @@
-"""Buckets: whatever the sizes, every prompt fits and every batch has a bucket."""
+"""Buckets hold every request, caches are updated in place, rows end on the device."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpjax import sampling
 from tpjax.checkpoint.folder import bundled
 from tpjax.engine.llm import LLM
 from tpjax.executables import Buckets
+from tpjax.params import Row, SamplingParams
 
 
 @given(st.integers(2, 9000), st.integers(1, 70), st.integers(1, 8), st.data())
@@ -45,3 +48,26 @@ def test_every_cache_is_updated_in_place(llm):
 def test_the_memory_check_bounds_what_prefill_needs(llm):
     memory = llm.executables.lower("prefill[t32]").compile().memory_analysis()
     assert memory.temp_size_in_bytes <= llm.memory.temporary
+
+
+def test_stop_ids_and_counts_end_a_row_on_the_device(llm):
+    """Without a word from the host: -1 after a stop id, after ``remaining`` tokens, after ``wanted``,
+    and in an empty row."""
+    exe = llm.executables
+    params = SamplingParams(temperature=1.0)
+
+    def run(stop_ids: tuple[int, ...], remaining: int, wanted: int):
+        row = Row(5, 0, remaining, 7, params, stop_ids)
+        packed = exe.upload(sampling.pack([row, None, row]))
+        limit = exe.upload(np.asarray(wanted, np.int32))
+        _, drawn = exe["decode[b3]"](llm.weights, exe["zeros[b3]"](), packed, limit)
+        tokens = np.asarray(drawn.token_B)
+        assert (tokens[:, 1] == -1).all() and (tokens[:, 0] == tokens[:, 2]).all()
+        return tokens[:, 0].tolist()
+
+    free = run((), 32, 32)
+    assert -1 not in free
+    at = next(i for i in range(3, 32) if free[i] not in free[:i])
+    assert run((free[at],), 32, 32) == free[: at + 1] + [-1] * (31 - at)
+    assert run((), 9, 32) == free[:9] + [-1] * 23
+    assert run((), 32, 4) == free[:4] + [-1] * 28
