@@ -51,7 +51,7 @@ def test_the_memory_check_bounds_what_prefill_needs(llm):
 
 
 def test_stop_ids_and_counts_end_a_row_on_the_device(llm):
-    """Without a word from the host: -1 after a stop id, after ``remaining`` tokens, after ``wanted``,
+    """Without a word from the host: -1 after a stop id, after ``remaining`` or ``wanted`` tokens,
     and in an empty row."""
     exe = llm.executables
     params = SamplingParams(temperature=1.0)
