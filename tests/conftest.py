@@ -1,5 +1,6 @@
 """Eight forced CPU devices and strict jax, for every test; small models shared by the session."""
 
+import shutil
 import tempfile
 
 import jax
@@ -38,3 +39,10 @@ def tiny_model(tmp_path_factory):
 def quiet():
     """Keyword arguments that keep an LLM from printing."""
     return {"say": lambda line: None}
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A whole, loadable checkpoint of one layer, for a test to damage."""
+    made, _ = tiny_model(num_hidden_layers=1)
+    return shutil.copytree(made, tmp_path / "model")

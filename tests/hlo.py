@@ -4,9 +4,9 @@ import math
 import re
 from collections import Counter
 
-from tpjax import sampling
 from tpjax.cache import KVCache
 from tpjax.config import ModelConfig
+from tpjax.ops.sample import collectives as collectives_stated
 from tpjax.ops.topk import CANDIDATES
 from tpjax.plan import Plan
 
@@ -47,7 +47,7 @@ def decode_problems(compiled, config: ModelConfig, plan: Plan, rows: int, contex
     reduces = 2 * config.layers + 1 if tensor > 1 else 0
     if seen.pop("all-reduce", 0) != reduces:
         problems.append(f"all-reduces: {collectives(text)['all-reduce']}, not {reduces}")
-    stated = sampling.collectives(plan)["all-gather"]
+    stated = collectives_stated(plan)["all-gather"]
     gathers = seen.pop("all-gather", 0)
     # A vocabulary of few candidates per device makes some branches impossible; they vanish.
     every = config.vocab // tensor > CANDIDATES and plan.platform == "cpu"

@@ -26,14 +26,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # word -> where it may be written (prefixes below tpjax/)
 MAY_NAME = {
-    "PartitionSpec": ("parallel/", "plan.py", "ops/matmul.py"),
-    "NamedSharding": ("parallel/", "plan.py", "weights.py"),
+    "PartitionSpec": ("parallel/", "plan.py"),
+    "NamedSharding": ("parallel/", "plan.py"),
     "psum": ("parallel/", "ops/"),
     "psum_scatter": ("parallel/", "ops/"),
-    "all_gather": ("parallel/", "ops/", "sampling.py"),
+    "all_gather": ("parallel/", "ops/"),
     "ppermute": ("parallel/", "ops/"),
     "all_to_all": ("parallel/", "ops/"),
-    "shard_map": ("parallel/", "ops/", "sampling.py", "step.py"),
+    "shard_map": ("parallel/", "ops/"),
     "jit": ("executables.py", "bench/"),
     "environ": ("env.py",),
     "getenv": ("env.py",),

@@ -208,7 +208,7 @@ def test_default_params_come_from_the_generation_config(llm, tiny_model, quiet):
     assert bare.get_default_sampling_params().temperature == 0.0
 
 
-def test_preparing_and_refused_calls_do_not_change_what_is_drawn(tiny_model, quiet):
+def test_warming_up_and_refused_calls_do_not_change_what_is_drawn(tiny_model, quiet):
     folder, _ = tiny_model()
     params = SamplingParams(temperature=1.0, max_tokens=8)
 
@@ -222,7 +222,7 @@ def test_preparing_and_refused_calls_do_not_change_what_is_drawn(tiny_model, qui
             llm.generate([[3], [10**6]], params)
 
     plain = run(lambda llm: None)
-    assert run(lambda llm: llm.prepare([[3, 4, 5]])) == plain == run(refused)
+    assert run(lambda llm: llm.warm_up()) == plain == run(refused)
 
 
 def test_seeds_not_given_differ_by_request_and_repeat_by_engine(tiny_model, quiet):

@@ -20,8 +20,9 @@ from transformers import (
 
 from tpjax import sampling
 from tpjax.ops import topk
+from tpjax.ops.sample import NOT_A_NUMBER, sample
 from tpjax.parallel.mesh import make_mesh
-from tpjax.params import Row, SamplingParams
+from tpjax.params import MAX_LOGPROBS, Row, SamplingParams
 from tpjax.plan import Plan
 
 VOCAB = 1003  # not a multiple of anything, and several times the candidates of one slice
@@ -35,9 +36,7 @@ def sampler(mesh: str, vocab: int = VOCAB):
     plan = Plan(mesh=make_mesh(*MESHES[mesh]))
     padding = plan.padded("vocab", vocab) - vocab
     with jax.set_mesh(plan.mesh):
-        step = jax.jit(
-            lambda logits, packed: sampling.sample(plan, vocab, logits, sampling.unpack(packed))
-        )
+        step = jax.jit(lambda logits, packed: sample(plan, vocab, logits, sampling.unpack(packed)))
 
     def run(logits: np.ndarray, rows: list[Row | None]):
         padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=1e4).astype(np.float32)
@@ -213,7 +212,7 @@ def test_logprobs_are_the_log_softmax_of_the_raw_logits(mesh):
     logits = random_logits(5)
     drawn = sampler(mesh)(logits, [row(seed=i, temperature=0.5, logprobs=5) for i in range(ROWS)])
     wanted = torch.log_softmax(torch.tensor(logits), -1).numpy()
-    order = np.argsort(-wanted, axis=-1, kind="stable")[:, : sampling.MAX_LOGPROBS]
+    order = np.argsort(-wanted, axis=-1, kind="stable")[:, :MAX_LOGPROBS]
     chosen = wanted[np.arange(ROWS), drawn.token_B]
     np.testing.assert_allclose(drawn.logprob_B, chosen, atol=1e-5)
     assert (drawn.top_id_BN == order).all()
@@ -242,7 +241,7 @@ def test_not_a_number_is_reported_not_drawn(wrong):
     logits = random_logits()
     logits[3, 500] = wrong
     tokens = sampler("4")(logits, [row(temperature=t) for t in itertools.repeat(1.0, ROWS)]).token_B
-    assert tokens[3] == sampling.NOT_A_NUMBER and (np.delete(tokens, 3) >= 0).all()
+    assert tokens[3] == NOT_A_NUMBER and (np.delete(tokens, 3) >= 0).all()
 
 
 def test_pack_and_unpack_are_inverse():

@@ -1,6 +1,7 @@
 """The `tpjax` command. Parsing only: jax is imported once the arguments are known to be good."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tpjax.errors import ResourceError, RunError, TpjaxError
 
     try:
-        return args.run(args)
+        module, _, function = args.run.partition(":")
+        return getattr(importlib.import_module(module), function)(args)
     except TpjaxError as error:
         return _fail(args, error, error.exit_code)
     except KeyboardInterrupt:
@@ -81,15 +83,14 @@ def _add_generate(commands) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; repeatable")
     add("--stream", action="store_true", help="print text as it is made, prompt by prompt")
     add("--json", action="store_true", help="one JSON object per prompt")
+    _add_common(parser, "tpjax.generate:generate")
+
+
+def _add_common(parser: argparse.ArgumentParser, run: str) -> None:
+    add = parser.add_argument
     add("--quiet", action="store_true", help="results only")
     add("--debug", action="store_true", help="show tracebacks")
-
-    def run(args: argparse.Namespace) -> int:
-        from tpjax.generate import generate
-
-        return generate(args)
-
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run)  # module:function, imported once the arguments are good
 
 
 def _add_mesh(parser: argparse.ArgumentParser) -> None:
@@ -120,15 +121,7 @@ def _add_bench(commands) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
     add("--json", action="store_true", help="one line of JSON (else indented)")
-    add("--quiet", action="store_true", help="results only")
-    add("--debug", action="store_true", help="show tracebacks")
-
-    def run(args: argparse.Namespace) -> int:
-        from tpjax.bench.decode import bench_decode
-
-        return bench_decode(args)
-
-    parser.set_defaults(run=run)
+    _add_common(parser, "tpjax.bench.decode:bench_decode")
 
 
 if __name__ == "__main__":

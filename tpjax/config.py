@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from tpjax.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -74,3 +76,9 @@ def itemsize(dtype: str) -> int:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(asked: object) -> None:
+    """Raise UsageError for what is neither ``auto`` nor a dtype models can have here."""
+    if not isinstance(asked, str) or asked not in ("auto", *DTYPES):
+        raise UsageError(f"dtype={asked!r}: known are auto, {', '.join(DTYPES)}")

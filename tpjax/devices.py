@@ -1,7 +1,6 @@
 """Which devices a command runs on, from its options."""
 
 import argparse
-from collections.abc import Callable
 
 from tpjax import env
 from tpjax.errors import UsageError
@@ -25,18 +24,3 @@ def start_devices(args: argparse.Namespace) -> None:
     if devices is None and not env.has_accelerator() and not env.cpu_devices_chosen():
         devices = (tensor or DEFAULT_CPU_DEVICES) * (data or 1)
     env.start(devices)
-
-
-def choose_degree(args: argparse.Namespace, config, say: Callable[[str], None]) -> int:
-    """The tensor degree asked for, or the largest this model allows on all devices."""
-    if args.tensor_parallel_size is not None:
-        return args.tensor_parallel_size
-    import jax
-
-    from tpjax.parallel.mesh import allowed_degrees
-
-    each = max(1, len(jax.devices()) // (args.data_parallel_size or 1))
-    degree = max(d for d in allowed_degrees(config) if d <= each)
-    if degree < each:
-        say(f"using {degree} of {each} devices: heads={config.heads} cannot be split further")
-    return degree

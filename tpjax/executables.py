@@ -15,7 +15,6 @@ import numpy as np
 
 from tpjax import sampling, step
 from tpjax.cache import KVCache
-from tpjax.errors import UsageError
 from tpjax.weights import WeightTable
 
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
@@ -36,10 +35,6 @@ class Buckets:
 
     @classmethod
     def make(cls, max_model_len: int, max_num_seqs: int, data: int) -> "Buckets":
-        if max_model_len < 2:
-            raise UsageError(f"max_model_len={max_model_len}: must be 2 or more")
-        if max_num_seqs < 1:
-            raise UsageError(f"max_num_seqs={max_num_seqs}: must be 1 or more")
         chunks = tuple(c for c in CHUNKS if c <= max_model_len) or CHUNKS[:1]
         context = -(-max_model_len // chunks[-1]) * chunks[-1]
         rows = [1]
@@ -172,7 +167,7 @@ class Executables:
 
 @functools.cache
 def fast_on_cpu(dtype: str) -> bool:
-    """Whether XLA on this CPU multiplies ``dtype`` without widening it first; see ops/matmul.py.
+    """Whether XLA on this CPU multiplies ``dtype`` without widening it first; see nn/linear.py.
     It does not if jax was started before tpjax could set the flag, or if the user cleared it."""
     if dtype == "float32":
         return True

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tpjax.config import DTYPES
-from tpjax.devices import choose_degree, start_devices
+from tpjax.config import check_dtype
+from tpjax.devices import start_devices
+from tpjax.engine.inputs import whole
 from tpjax.errors import UsageError
 from tpjax.params import SamplingParams
 
@@ -24,15 +25,14 @@ def generate(args: argparse.Namespace) -> int:
     asked |= dict(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop))
     check(args, prompts, asked)
     start_devices(args)
-    from tpjax.checkpoint.folder import bundled, locate, read_folder
+    from tpjax.checkpoint.folder import bundled
     from tpjax.engine.llm import LLM
     from tpjax.report import Report
 
     report = Report(args.quiet)
-    folder = locate(args.model or bundled())
     llm = LLM(
-        folder,
-        tensor_parallel_size=choose_degree(args, read_folder(folder).config, report.say),
+        args.model or bundled(),
+        tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
@@ -43,7 +43,6 @@ def generate(args: argparse.Namespace) -> int:
     )
     params = replace(llm.get_default_sampling_params(), **asked)
     report.loaded(llm)
-    llm.prepare(prompts[:1] if args.stream else prompts)
     if args.stream:
         for prompt in prompts:
             _stream(llm, prompt, params, report)
@@ -56,15 +55,20 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _complete(llm, prompts, params, quiet: bool):
-    total = len(prompts) * params.max_tokens
-    with tqdm(total=total, unit=" tokens", desc="generating", disable=quiet, leave=False) as bar:
-        counted: dict[str, int] = {}
+    bar, counted = None, {}
 
-        def count(request) -> None:
-            bar.update(len(request.token_ids) - counted.get(request.id, 0))
-            counted[request.id] = len(request.token_ids)
+    def count(request) -> None:
+        nonlocal bar
+        if bar is None:  # from the first token on: compiling has lines of its own
+            total = len(prompts) * params.max_tokens
+            bar = tqdm(total=total, unit=" tokens", desc="generating", disable=quiet, leave=False)
+        bar.update(len(request.token_ids) - counted.get(request.id, 0))
+        counted[request.id] = len(request.token_ids)
 
-        return llm.generate(prompts, params, on_progress=count)
+    outputs = llm.generate(prompts, params, on_progress=count)
+    if bar is not None:
+        bar.close()
+    return outputs
 
 
 def _stream(llm, prompt: str, params, report) -> None:
@@ -97,19 +101,13 @@ def _show(output, as_json: bool, report) -> None:
 def check(args: argparse.Namespace, prompts: list[str], asked: dict) -> None:
     """Raise UsageError for what can be told to be wrong before jax is even imported."""
     SamplingParams(**asked)
-    check_dtype_and_length(args.dtype, args.max_model_len)
+    check_dtype(args.dtype)
+    if args.max_model_len is not None:
+        whole("max_model_len", args.max_model_len, 2, 2**31)
     if not all(prompts):
         raise UsageError("empty prompt: give at least one character")
     if args.stream and args.json:
         raise UsageError("--stream prints text and --json objects: give one of them")
-
-
-def check_dtype_and_length(dtype: str, max_model_len: int | None) -> None:
-    """The same for the options every command has."""
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype={dtype!r}: known are auto, {', '.join(DTYPES)}")
-    if max_model_len is not None and max_model_len < 2:
-        raise UsageError(f"max_model_len={max_model_len}: must be a whole number, 2 or more")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -4,14 +4,17 @@ B sequences, T tokens, S cache positions, N tokens per dispatch, C packed column
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from tpjax import sampling
 from tpjax.cache import KVCache
+from tpjax.ops.attention import insert_row
 from tpjax.ops.embed import last_token
-from tpjax.sampling import Drawn, Rows
+from tpjax.ops.sample import Drawn, Rows, sample
+from tpjax.params import MAX_LOGPROBS
 from tpjax.weights import WeightTable
 
 Leaves = tuple[jax.Array, ...]
@@ -58,7 +61,7 @@ def _draw(table: WeightTable, model, x_B1D: jax.Array, rows: Rows) -> Drawn:
     logits_B1V = model.logits(x_B1D)
     shape = (logits_B1V.shape[0], logits_B1V.shape[2])
     logits_BV = plan.reshape(logits_B1V, shape, "batch", "vocab")
-    return sampling.sample(plan, table.config.vocab, logits_BV, rows)
+    return sample(plan, table.config.vocab, logits_BV, rows)
 
 
 def decode_many(
@@ -76,8 +79,8 @@ def decode_many(
     out = Drawn(
         jnp.full((most, B), -1, jnp.int32),
         jnp.zeros((most, B), jnp.float32),
-        jnp.zeros((most, B, sampling.MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((most, B, sampling.MAX_LOGPROBS), jnp.float32),
+        jnp.zeros((most, B, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((most, B, MAX_LOGPROBS), jnp.float32),
     )
 
     def going(state):
@@ -107,25 +110,9 @@ def decode_many(
 def insert(table: WeightTable, cache: KVCache, one: KVCache, slot_D: jax.Array) -> KVCache:
     """Copy the sequences of ``one``, a cache of a single row per replica, into row ``slot`` of each
     replica's part of ``cache``; a negative slot copies nothing."""
-    plan = table.plan
-    held = plan.spec("batch", "kv_heads", None, None)
-
-    def local(cache_BKSH, one_1KSH, slot_1):
-        slot = jnp.maximum(slot_1[0], 0)
-        zero = slot * 0
-        old = jax.lax.dynamic_slice_in_dim(cache_BKSH, slot, 1, axis=0)
-        new = jnp.where(slot_1[0] < 0, old, one_1KSH)
-        return jax.lax.dynamic_update_slice(cache_BKSH, new, (slot, zero, zero, zero))
-
-    island = jax.shard_map(
-        local,
-        mesh=plan.mesh,
-        in_specs=(held, held, plan.spec("batch")),
-        out_specs=held,
-        check_vma=False,
-    )
-    slot_D = jax.reshard(slot_D, plan.spec("batch"))
-    return jax.tree.map(lambda into, new: island(into, new, slot_D), cache, one)
+    slot_D = jax.reshard(slot_D, table.plan.spec("batch"))
+    copy = functools.partial(insert_row, table.plan, slot_D=slot_D)
+    return jax.tree.map(copy, cache, one)
 
 
 def score(

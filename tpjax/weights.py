@@ -11,7 +11,7 @@ from functools import cached_property
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 
 from tpjax.config import ModelConfig
 from tpjax.nn.decoder import Decoder
@@ -30,7 +30,7 @@ class WeightSpec:
     stored: tuple[int, ...]
     dtype: np.dtype
     axes: tuple[str | None, ...]
-    sharding: NamedSharding
+    sharding: Sharding
 
     @property
     def bytes(self) -> int:

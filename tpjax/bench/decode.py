@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from tpjax import env
-from tpjax.devices import choose_degree, start_devices
+from tpjax.config import check_dtype
+from tpjax.devices import start_devices
 from tpjax.errors import RunError, UsageError
-from tpjax.generate import check_dtype_and_length
 
 
 def bench_decode(args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def bench_decode(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
-    check_dtype_and_length(args.dtype, None)
+    check_dtype(args.dtype)
     start_devices(args)
     env.without_executable_cache()
     from tpjax.bench import record
@@ -43,22 +43,16 @@ def measure(args: argparse.Namespace) -> dict:
     import numpy as np
 
     from tpjax.bench.bandwidth import read_bandwidth
-    from tpjax.checkpoint import folder as folders
+    from tpjax.checkpoint.folder import bundled
     from tpjax.engine.llm import LLM
     from tpjax.executables import compiles
     from tpjax.params import SamplingParams
     from tpjax.report import Report
 
     report = Report(args.quiet)
-    if args.config:
-        model = Path(args.config)
-        config = folders.config_only(model).config
-    else:
-        model = folders.locate(args.model or folders.bundled())
-        config = folders.read_folder(model).config
     llm = LLM(
-        model,
-        tensor_parallel_size=choose_degree(args, config, report.say),
+        args.config or args.model or bundled(),
+        tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
         dtype=args.dtype,
         max_model_len=args.prompt_length + args.max_tokens + 1,
@@ -72,7 +66,6 @@ def measure(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(0)
     shape = (args.batch, args.prompt_length)
     prompts = rng.integers(0, llm.config.vocab, shape).tolist()
-    llm.prepare(prompts)
 
     def run(tokens: int) -> float:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpjax.checkpoint.safetensors import one_line, read_json
-from tpjax.config import DTYPES, ModelConfig
+from tpjax.config import DTYPES, ModelConfig, check_dtype
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family, find
 
@@ -126,15 +126,16 @@ def impossible(config: ModelConfig) -> str | None:
     for word in ("theta", "factor", "original_max_position"):
         if not getattr(config.rope, word) > 0:
             return f"rope {word}={getattr(config.rope, word)}: must be above 0"
+    if config.rope.kind == "llama3" and config.rope.low_freq_factor >= config.rope.high_freq_factor:
+        return "rope low_freq_factor must be below high_freq_factor"
     return None
 
 
 def choose_dtype(asked: str, stored: str, platform: str) -> str:
     """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is exact and decodes one
     sequence as fast as bfloat16 (BENCHMARKS.md)."""
+    check_dtype(asked)
     if asked != "auto":
-        if not isinstance(asked, str) or asked not in DTYPES:
-            raise UsageError(f"dtype={asked!r}: known are auto, {', '.join(DTYPES)}")
         return asked
     if platform == "cpu":
         return "float32"

@@ -4,6 +4,7 @@ A row that finishes is refilled from the queue between two dispatches. What a re
 prefill never depends on the others; in decode, rows share a matrix product and nothing else.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,8 +16,9 @@ from tpjax import sampling
 from tpjax.engine.request import Logprob, Request
 from tpjax.errors import RunError
 from tpjax.executables import DISPATCH, Executables
-from tpjax.sampling import Drawn
+from tpjax.ops.sample import NOT_A_NUMBER, Drawn
 
+LOOK_AHEAD = 32  # waiting requests per replica that may be taken out of turn
 WAITED_FOR = 8  # tokens per dispatch while a queue, or a stop string, waits for the result
 
 
@@ -68,15 +70,20 @@ class Engine:
         """At most one request per replica, each with a free row of that replica. Only prompts that
         are cut into the same chunks go together, so that each is computed as it would be alone."""
         per_replica = len(slots) // self.data
-        group: dict[int, tuple[int, Request]] = {}
-        chunks = self._chunks(waiting[0])
-        alike = [r for r in waiting if self._chunks(r) == chunks]
+        free = {}
         for replica in range(self.data):
             rows = range(replica * per_replica, (replica + 1) * per_replica)
-            free = next((row for row in rows if slots[row] is None), None)
-            if free is not None and alike:
-                group[replica] = (free, alike.pop(0))
-                waiting.remove(group[replica][1])
+            row = next((row for row in rows if slots[row] is None), None)
+            if row is not None:
+                free[replica] = row
+        chunks = self._chunks(waiting[0])
+        near = enumerate(itertools.islice(waiting, LOOK_AHEAD * self.data))
+        alike = itertools.islice((i for i, r in near if self._chunks(r) == chunks), len(free))
+        group = {}
+        for (replica, row), i in zip(free.items(), list(alike), strict=False):
+            i -= len(group)  # those before it have left the queue
+            group[replica] = (row, waiting[i])
+            del waiting[i]
         return group
 
     def _chunks(self, request: Request) -> list[int]:
@@ -122,7 +129,7 @@ class Engine:
         for n, token in enumerate(drawn.token_B[:, row].tolist()):
             if request.finish_reason or token == -1:
                 return
-            if token == sampling.NOT_A_NUMBER:
+            if token == NOT_A_NUMBER:
                 raise RunError(
                     f"request {request.id}: the logits are not numbers at position"
                     f" {len(request.prompt_ids) + len(request.token_ids)}; the weights overflow in"

@@ -2,8 +2,9 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,7 +19,7 @@ from tpjax.engine.memory import check_memory
 from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.executables import Buckets, Executables, OnBuild, fast_on_cpu, silent
-from tpjax.parallel.mesh import make_mesh
+from tpjax.parallel.mesh import largest_degree, make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
@@ -44,11 +45,11 @@ _RENAMED = {
 class LLM:
     """Load a Hugging Face model onto a mesh and generate with it. Argument names are vLLM's.
 
-    ``model``: a folder or a hub id. ``tensor_parallel_size`` and ``data_parallel_size`` make a
-    mesh; ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or
-    float16. ``max_model_len``: prompt plus generated tokens, by default the model's own limit but
-    at most 4096. ``max_num_seqs``: sequences decoded together, rounded up to whole rows per
-    replica. ``seed``: for requests without one.
+    ``model``: a folder or a hub id. ``tensor_parallel_size`` (1, or "auto" for the most devices the
+    model allows) and ``data_parallel_size`` make a mesh; ``mesh`` or ``plan`` give full control
+    instead. ``dtype``: auto, float32, bfloat16 or float16. ``max_model_len``: prompt plus generated
+    tokens, by default the model's own limit but at most 4096. ``max_num_seqs``: sequences decoded
+    together, rounded up to whole rows per replica. ``seed``: for requests without one.
 
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
@@ -59,7 +60,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path,
-        tensor_parallel_size: int | None = None,
+        tensor_parallel_size: int | Literal["auto"] | None = None,
         *,
         data_parallel_size: int | None = None,
         dtype: str = "auto",
@@ -85,6 +86,8 @@ class LLM:
             self.folder = folders.config_only(Path(model))
         else:
             self.folder = folders.read_folder(folders.locate(model))
+        if tensor_parallel_size == "auto":
+            tensor_parallel_size = self._largest(data_parallel_size or 1, say)
         plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size)
         asked = plan.tensor_degree
         dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
@@ -121,6 +124,14 @@ class LLM:
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
 
+    def _largest(self, data: int, say: Callable[[str], None]) -> int:
+        whole("data_parallel_size", data, 1, 2**31)
+        config = self.folder.config
+        degree, each = largest_degree(config, data)
+        if degree < each:
+            say(f"using {degree} of {each} devices: heads={config.heads} cannot be split further")
+        return degree
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation config suggests; greedy if it does not say ``do_sample``."""
         generation = self.folder.generation
@@ -137,12 +148,8 @@ class LLM:
         (`logits` has its own)."""
         self.executables.build(self.executables.all_names())
 
-    def prepare(self, prompts: Prompt | Sequence[Prompt]) -> None:
-        """Build only what these prompts will need, now."""
-        self._build_for(map(self._ids, as_prompts(prompts)))
-
-    def _build_for(self, prompt_ids: Iterable[list[int]]) -> None:
-        self.executables.build(self.executables.for_requests(map(len, prompt_ids)))
+    def _build_for(self, requests: list[Request]) -> None:
+        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
 
     def generate(
         self,
@@ -158,7 +165,7 @@ class LLM:
         requests = self._requests(prompts, sampling_params)
         if not requests:
             return []
-        self._build_for(r.prompt_ids for r in requests)
+        self._build_for(requests)
         for request in self._engine.run(requests):
             if on_progress:
                 on_progress(request)
@@ -177,7 +184,7 @@ class LLM:
             raise UsageError("stream takes one prompt; use generate for several")
         if self.tokenizer is None:
             raise UsageError(f"{self.folder.path}: no tokenizer, so there is no text to stream")
-        self._build_for(r.prompt_ids for r in requests)
+        self._build_for(requests)
         return self._pieces(requests, on_progress)
 
     def _pieces(self, requests: list[Request], on_progress) -> Iterator[str]:

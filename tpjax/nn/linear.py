@@ -60,7 +60,7 @@ def linear(
     B, T, features = x_BTI.shape
     x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
     partial = plan.mesh_axes(in_axis)
-    y_RO = matmul(x_RI, w_OI, plan.spec("batch", out_axis, partial=partial))
+    y_RO = matmul(plan, x_RI, w_OI, out_axis, partial)
     y_RO = plan.sum(y_RO, partial, "batch", out_axis)
     y_BTO = plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
     return y_BTO[:, :T_asked]

@@ -1,9 +1,11 @@
-"""Attention over the cache: write the new keys and values, then attend. An island, no collectives.
+"""Attention over the cache: write the new keys and values, then attend. Islands, no collectives.
 
-B sequences, T new tokens, S cache positions, N query heads, K key/value heads, H head dim.
+B sequences, D replicas, T new tokens, S cache positions, N query heads, K key/value heads, H head
+dim.
 """
 
 import jax
+import jax.numpy as jnp
 
 from tpjax.ops import attention_ref
 from tpjax.plan import Plan
@@ -23,6 +25,26 @@ def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax
     if new_BKTH.shape[0] == 1:
         return one(cache_BKSH[0], new_BKTH[0], start_B[0])[None]
     return jax.vmap(one)(cache_BKSH, new_BKTH, start_B)
+
+
+def insert_row(plan: Plan, cache_BKSH: jax.Array, one_DKSH: jax.Array, slot_D: jax.Array):
+    """``cache`` with each replica's row of ``one`` in its row ``slot``; a negative slot is none."""
+    held = plan.spec("batch", "kv_heads", None, None)
+
+    def local(cache_BKSH, one_1KSH, slot_1):
+        slot = jnp.maximum(slot_1[0], 0)
+        zero = slot * 0
+        old = jax.lax.dynamic_slice_in_dim(cache_BKSH, slot, 1, axis=0)
+        new = jnp.where(slot_1[0] < 0, old, one_1KSH)
+        return jax.lax.dynamic_update_slice(cache_BKSH, new, (slot, zero, zero, zero))
+
+    return jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(held, held, plan.spec("batch")),
+        out_specs=held,
+        check_vma=False,
+    )(cache_BKSH, one_DKSH, slot_D)
 
 
 def cached_attention(

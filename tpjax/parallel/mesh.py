@@ -89,6 +89,13 @@ def allowed_degrees(config: ModelConfig) -> list[int]:
     return [d for d in range(1, config.heads + 1) if refusal(config, *split(config, d)) is None]
 
 
+def largest_degree(config: ModelConfig, data: int = 1) -> tuple[int, int]:
+    """The largest tensor degree this model allows on all devices of this process, and how many of
+    them there are for each of ``data`` replicas."""
+    each = max(1, len(jax.devices()) // data)
+    return max(d for d in allowed_degrees(config) if d <= each), each
+
+
 def fit(mesh: Mesh, config: ModelConfig) -> Mesh:
     """The mesh this model runs on: the given one, with ``tensor`` split into ``tensor`` x ``rep``
     where there are more devices than key/value heads.
