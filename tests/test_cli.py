@@ -51,7 +51,9 @@ def test_without_arguments_it_makes_text_on_four_devices(default_run):
 def test_it_starts_quietly_although_the_cuda_plugin_is_installed(default_run):
     """The plugin is there (the test extra installs it), a GPU is not."""
     assert importlib.util.find_spec("jax_plugins.xla_cuda12")
-    for done in default_run:
+    start = "from tpjax import env; env.start()"
+    child = run("-c", start, XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=individual_dot")
+    for done in (*default_run, child):
         for noise in ("cudart", "absl", "Traceback", "Unable to load CUDA", "Warning", "warning"):
             assert noise not in done.stderr
 

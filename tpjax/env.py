@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_YNN = f"{YNN_FLAG}=individual_dot"
 _FLAG_VERSIONS = ("0.10.", "0.11.")  # an unknown name in XLA_FLAGS aborts the process
 _PLUGIN_NOISE = re.compile(
     rb"cudart_stub|before absl::InitializeLog|^\s*$|computation_placer.*already registered"
@@ -42,13 +43,14 @@ def start(devices: int | None = None) -> None:
     _started = True
     on_cpu = devices is not None or not has_accelerator()
     flags = os.environ.get("XLA_FLAGS", "")
+    theirs = flags.replace(_YNN, "").strip()  # a parent process may have left ours
     known = importlib.metadata.version("jaxlib").startswith(_FLAG_VERSIONS)
     if on_cpu and known and YNN_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}=individual_dot".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNN}".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # XLA aborts on a wrong flag of the user's, and what it says then must be seen.
-    with contextlib.nullcontext() if flags or not on_cpu else _without_plugin_noise():
+    with contextlib.nullcontext() if theirs or not on_cpu else _without_plugin_noise():
         import jax
 
         if on_cpu:
