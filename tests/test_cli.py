@@ -158,6 +158,18 @@ def test_more_devices_than_there_are():
     assert "--devices 8" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_cache_directory_that_cannot_be_written(tmp_path):
+    """It works as ever, without jax's warnings and without a promise for next time."""
+    (tmp_path / "file").write_text("")
+    err = run(
+        "-m",
+        "tpjax.cli",
+        *"generate --max-tokens 2".split(),
+        XDG_CACHE_HOME=str(tmp_path / "file"),
+    ).stderr
+    assert "compiling decode[b1]" in err and "next time" not in err and "arning" not in err
+
+
 def test_the_users_own_number_of_devices_is_kept():
     """Without -tp all of them are used, as far as the model allows: 6 devices, 8 heads."""
     words = "-m tpjax.cli generate --max-tokens 2".split()

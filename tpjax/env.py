@@ -22,6 +22,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _YNN = f"{YNN_FLAG}=individual_dot"
@@ -64,13 +65,28 @@ def start(devices: int | None = None) -> None:
 def _cache_executables(config) -> None:
     if config.jax_compilation_cache_dir:
         return
-    config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    folder = cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: jax would warn at every program
+        return
+    if not os.access(folder, os.W_OK):
+        return
+    config.update("jax_compilation_cache_dir", str(folder))
     for option, value in (
         ("jax_persistent_cache_min_compile_time_secs", 0.0),
         ("jax_persistent_cache_min_entry_size_bytes", -1),
     ):
         if option.upper() not in os.environ:
             config.update(option, value)
+
+
+def caches_executables() -> bool:
+    """Whether what is compiled now will be found on disk next time."""
+    import jax
+
+    config: Any = jax.config
+    return bool(config.jax_compilation_cache_dir) and config.jax_enable_compilation_cache
 
 
 def without_executable_cache() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
+from tpjax import env
 from tpjax.engine.llm import LLM
 from tpjax.engine.memory import GB
 from tpjax.engine.request import RequestOutput
@@ -46,8 +47,11 @@ class Report:
 
         def done(built: Built) -> None:
             self.compile_s += built.seconds
-            source = "from the cache" if built.from_cache else "cached next time"
-            self.say(f" {built.seconds:.1f} s, {source}")
+            if built.from_cache:
+                source = ", from the cache"
+            else:
+                source = ", cached next time" if env.caches_executables() else ""
+            self.say(f" {built.seconds:.1f} s{source}")
 
         return done
 
