@@ -1,0 +1,36 @@
+"""Which requests are prefilled together: no device is needed to know."""
+
+from collections import deque
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpjax.engine.engine import Engine
+from tpjax.executables import Buckets
+
+
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=150),
+    st.integers(1, 4),
+    st.lists(st.booleans(), min_size=8, max_size=8).filter(any),
+)
+def test_groups_take_every_request_once_and_only_alike_together(lengths, data, free):
+    """The first in the queue always goes, into a free row of its own replica, with others that are
+    cut into the same chunks."""
+    buckets = Buckets.make(601, 8, data)
+    engine = Engine((), SimpleNamespace(one=data, buckets=buckets))  # type: ignore[arg-type]
+    rows = 8 // data * data
+    slots = [None if f else object() for f in free[:rows]]
+    waiting = deque(SimpleNamespace(number=i, prompt_ids=[0] * n) for i, n in enumerate(lengths))
+    taken = []
+    while waiting and None in slots:
+        first = waiting[0]
+        group = engine._next_group(waiting, slots)  # type: ignore[arg-type]
+        assert first in [request for _, request in group.values()]
+        assert len({tuple(buckets.chunk_sizes(len(r.prompt_ids))) for _, r in group.values()}) == 1
+        for replica, (row, _) in group.items():
+            assert slots[row] is None and row // (rows // data) == replica
+        taken += [request.number for _, request in group.values()]
+        assert not {request.number for request in waiting} & set(taken)
+    assert sorted(taken) == (list(range(len(lengths))) if None in slots else [])
