@@ -1,1 +1,2 @@
-"""Where tools for checkpoints belong: they import tpjax and are never imported by it. None yet."""
+"""Checkpoints in and out of tpjax: convert, inspect, verify, export. The command is
+``tpjax-checkpoint``; each verb is a function of the same name in the module of the same name."""

@@ -8,7 +8,7 @@ The same as `tpjax generate`; `--help` lists the options.
 
 import sys
 
-from tpjax.cli import main
+from tpjax.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    sys.exit(command(["generate", *sys.argv[1:]]))

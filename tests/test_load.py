@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tpjax.checkpoint import folder as folders
-from tpjax.checkpoint import load
+from tpjax.checkpoint import load, safetensors
 from tpjax.checkpoint.safetensors import SafetensorsFolder
 from tpjax.errors import CheckpointError
 from tpjax.parallel.mesh import make_mesh
@@ -149,7 +149,7 @@ def test_stored_and_wanted_dtypes(folder, tmp_path, stored, dtype):
 @pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4)])
 def test_a_few_rows_at_a_time(folder, data, tensor, chunk, monkeypatch):
     """However few rows are read together, leaves and bytes read are the same."""
-    monkeypatch.setattr(load, "_CHUNK", chunk)
+    monkeypatch.setattr(safetensors, "CHUNK", chunk)
     weights, source = loaded(folder, data, tensor)
     assert source.bytes_read == sum(stored.nbytes for _, stored, _ in weights)
     for spec, stored, leaf in weights:
@@ -159,7 +159,7 @@ def test_a_few_rows_at_a_time(folder, data, tensor, chunk, monkeypatch):
 @pytest.mark.parametrize("row", [0, 1, 70, 130])
 def test_a_nan_in_any_row_is_found(folder, tmp_path, row, monkeypatch):
     """Each chunk of rows is looked at, the last one too."""
-    monkeypatch.setattr(load, "_CHUNK", 128)
+    monkeypatch.setattr(safetensors, "CHUNK", 128)
     copy = shutil.copytree(folder, tmp_path / "m")
     tensors = load_file(folder / WEIGHTS)
     tensors["lm_head.weight"][row, 63] = np.nan

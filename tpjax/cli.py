@@ -9,20 +9,36 @@ from collections.abc import Sequence
 from tpjax import __version__
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The program `tpjax`: `main` in a process of its own."""
+    return run_command(build_parser(), argv, own_process=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2 usage, 3 model, 4 resources, 5 while running)."""
-    parser = build_parser()
+    return run_command(build_parser(), argv)
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, own_process: bool = False
+) -> int:
+    """Parse, run what the command names as ``run`` (module:function), and turn what goes wrong
+    into one line and an exit code."""
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
+    if own_process and not getattr(args, "needs_torch", None):
+        from tpjax import env
+
+        env.leave_torch_out()
     from tpjax.errors import ResourceError, RunError, TpjaxError
 
     try:
         module, _, function = args.run.partition(":")
         return getattr(importlib.import_module(module), function)(args)
     except TpjaxError as error:
-        return _fail(args, error, error.exit_code)
+        return _fail(parser, args, error, error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -33,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
         code = ResourceError.exit_code if out_of_memory else RunError.exit_code
-        return _fail(args, error, code)
+        return _fail(parser, args, error, code)
 
 
-def _fail(args: argparse.Namespace, error: Exception, code: int) -> int:
+def _fail(parser, args: argparse.Namespace, error: Exception, code: int) -> int:
     if args.debug:
         raise error
     first = (str(error).strip().splitlines() or [""])[0]
     kind = "" if hasattr(error, "exit_code") else f"{type(error).__name__}: "
     hint = "" if hasattr(error, "exit_code") else " (--debug shows where)"
-    print(f"tpjax: error: {kind}{first}{hint}", file=sys.stderr)
+    print(f"{parser.prog}: error: {kind}{first}{hint}", file=sys.stderr)
     return code
 
 
@@ -125,4 +141,4 @@ def _add_bench(commands) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -72,7 +72,7 @@ def silent(name: str, number: int, total: int) -> Callable[[Built], None]:
 
 class Executables:
     """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
-    ``decode[b4]``, ``score[t128]``."""
+    ``decode[b4]``, ``score[t128]``, ``states[t128]``."""
 
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
@@ -154,9 +154,9 @@ class Executables:
                     packed = small((rows_or_tokens, sampling.COLUMNS))
                     fn = functools.partial(step.decode_many, table, DISPATCH)
                     return _jit(fn, 1).lower(weights, cache(rows_or_tokens), packed, small(()))
-                case "score":
+                case "score" | "states":
                     args = (small((one, rows_or_tokens)), small((one,)))
-                    fn = functools.partial(step.score, table)
+                    fn = functools.partial(getattr(step, kind), table)
                     return _jit(fn, 1).lower(weights, cache(one), *args)
         raise KeyError(name)
 

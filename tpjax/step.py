@@ -46,13 +46,13 @@ def decode(
     return cache, _draw(table, model, x_B1D, rows)
 
 
-def _append(table: WeightTable, weights: Leaves, cache: KVCache, token_BT, start_B):
+def _append(table: WeightTable, weights: Leaves, cache: KVCache, token_BT, start_B, taps=None):
     """The model, the residual stream of T tokens from ``start`` on, and the cache with them."""
     plan, model = table.plan, table.module(weights)
     position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
     by_batch = plan.spec("batch", None)
     token_BT, position_BT = jax.reshard(token_BT, by_batch), jax.reshard(position_BT, by_batch)
-    x_BTD, cache = model(token_BT, position_BT, cache)
+    x_BTD, cache = model(token_BT, position_BT, cache, taps)
     return model, x_BTD, cache
 
 
@@ -125,3 +125,17 @@ def score(
     """Like prefill, but returns float32 logits ``[B, T, V]`` of every position."""
     model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B)
     return cache, model.logits(x_BTD)
+
+
+def states(
+    table: WeightTable,
+    weights: Leaves,
+    cache: KVCache,
+    token_BT: jax.Array,
+    start_B: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Like score, but returns the residual stream as it is after the embedding, after every block
+    and after the final norm: ``[L + 2, B, T, D]``."""
+    taps: list[jax.Array] = []
+    _, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, taps)
+    return cache, jnp.stack([*taps, x_BTD])

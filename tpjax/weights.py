@@ -23,6 +23,8 @@ class WeightSpec:
     """One weight: where it sits in the model and how it is laid over the mesh.
 
     ``stored`` is the shape a checkpoint holds; ``shape`` is larger where the vocabulary was padded.
+    ``split`` is the dimension that meshes may cut, None if there is none, and ``unit`` how many of
+    its elements stay together: a head.
     """
 
     path: str
@@ -31,6 +33,8 @@ class WeightSpec:
     dtype: np.dtype
     axes: tuple[str | None, ...]
     sharding: Sharding
+    split: int | None
+    unit: int
 
     @property
     def bytes(self) -> int:
@@ -55,6 +59,9 @@ class WeightTable:
         axes = tuple(leaf.get_metadata()["axes"])
         vocab = self.config.vocab
         stored = tuple(vocab if a == "vocab" else n for a, n in zip(axes, leaf.shape, strict=True))
+        rules = self.plan.rules
+        split = next((n for n, axis in enumerate(axes) if rules.mesh_axes(axis)), None)
+        heads = split is not None and axes[split] in ("heads", "kv_heads")
         return WeightSpec(
             path=".".join(map(str, path)),
             shape=tuple(leaf.shape),
@@ -62,6 +69,8 @@ class WeightTable:
             dtype=np.dtype(leaf.dtype),
             axes=axes,
             sharding=self.plan.sharding(*axes),
+            split=split,
+            unit=self.config.head_dim if heads else 1,
         )
 
     @cached_property

@@ -13,7 +13,7 @@ from tpjax.models import Family, find
 
 BUNDLED = "shakespeare-4m"
 _UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
-_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_WANTED = ["*.json", "tokenizer.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def bundled() -> Path:
     return Path(str(importlib.resources.files("tpjax") / "bundled" / BUNDLED))
 
 
-def locate(model: str | Path) -> Path:
-    """A local folder for a path or a hub id (``org/name``, downloaded once; HF_HOME and HF_TOKEN
-    are honoured). Raises CheckpointError saying which of the two failed."""
+def locate(model: str | Path, weights: str = "*.safetensors") -> Path:
+    """A local folder for a path or a hub id (``org/name``, downloaded once, with the weights of
+    that pattern; HF_HOME and HF_TOKEN are honoured). Raises CheckpointError saying which of the two failed."""
     if not isinstance(model, str | os.PathLike):
         raise UsageError(f"model={model!r}: give a folder or a hub id of the form org/name")
     name = os.fspath(model)
@@ -51,7 +51,7 @@ def locate(model: str | Path) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                name, allow_patterns=[*_WANTED, weights], ignore_patterns=_UNWANTED
             )
         )
     except Exception as error:  # whatever the hub client raises, the user needs one line

@@ -7,21 +7,38 @@ weight's slices on their way. No full copy of the model ever exists on the host.
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from tpjax.checkpoint import orbax
+from tpjax.checkpoint.orbax import OrbaxFolder
 from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder
-from tpjax.errors import CheckpointError, listing
+from tpjax.errors import CheckpointError, UsageError, listing
 from tpjax.models import Family
 from tpjax.weights import WeightSpec, WeightTable
 
 Progress = Callable[[Iterable[WeightSpec]], Iterable[WeightSpec]]
-_CHUNK = 1 << 21  # elements read, cast and checked together: at most 24 MB with both dtypes
+Source = SafetensorsFolder | OrbaxFolder
+
+
+def open_source(folder: Path, verify: str | None = None) -> Source:
+    """The weights of a folder of either format. ``verify`` (see `OrbaxFolder`) is for tpjax
+    checkpoints: safetensors files have nothing to be compared with, so there it is refused."""
+    if orbax.is_checkpoint(folder):
+        return OrbaxFolder(folder, verify or "fast")
+    if verify is not None:
+        orbax.check_verify(verify)
+        raise UsageError(
+            f"{folder}: verify={verify!r} needs a tpjax checkpoint, with digests; make one with"
+            " tpjax-checkpoint convert"
+        )
+    return SafetensorsFolder(folder)
 
 
 def load(
-    table: WeightTable, family: Family, source: SafetensorsFolder, progress: Progress = iter
+    table: WeightTable, family: Family, source: Source, progress: Progress = iter
 ) -> tuple[jax.Array, ...]:
     """The flat leaves of ``table``, from a checkpoint that has exactly these weights.
 
@@ -29,20 +46,19 @@ def load(
     anything is read, and naming the weight that holds a NaN or an infinity.
     """
     names = check(table, family, source)
+    _check_tied_copy(table, family, source)
     return tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
 
 
-def check(table: WeightTable, family: Family, source: SafetensorsFolder) -> dict[str, str]:
+def check(table: WeightTable, family: Family, source: Source) -> dict[str, str]:
     """Our path -> the checkpoint's name, for every weight; nothing is read."""
-    names = {spec.path: family.source(spec.path) for spec in table.specs}
+    names = {spec.path: source.name(family, spec.path) for spec in table.specs}
     stored = source.tensors
     problems = []
     missing = [name for name in names.values() if name not in stored]
     if missing:
         problems.append(f"missing {listing(missing)}")
-    allowed = set(names.values())
-    if table.config.tie_embeddings:
-        allowed.add(family.names["head"])  # some files hold the tied copy too
+    allowed = set(names.values()) | {tied_copy(table, family, source)}
     extra = [n for n in stored if n not in allowed and not n.endswith(family.ignored)]
     if extra:
         problems.append(f"not part of this model: {listing(sorted(extra))}")
@@ -64,7 +80,38 @@ def check(table: WeightTable, family: Family, source: SafetensorsFolder) -> dict
     return names
 
 
-def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
+def tied_copy(table: WeightTable, family: Family, source: Source) -> str | None:
+    """The checkpoint's name of a second copy of the embedding, which some files hold."""
+    name = source.name(family, "head")
+    return name if table.config.tie_embeddings and name in source.tensors else None
+
+
+def differs(source: Source, copy: str, original: str) -> CheckpointError:
+    """What to say of a tied copy that is none: transformers then would not tie."""
+    return CheckpointError(
+        f"{source.folder}: config.json says that {copy} is {original} (tie_word_embeddings), but"
+        " the file holds other values; set tie_word_embeddings to false if they are meant"
+    )
+
+
+def _check_tied_copy(table: WeightTable, family: Family, source: Source) -> None:
+    copy, original = tied_copy(table, family, source), source.name(family, "embed.w")
+    if copy is None:
+        return
+    one, other = source.tensors[copy], source.tensors[original]
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        raise differs(source, copy, original)
+    bounds = tuple((0, n) for n in one.shape)
+    nothing = np.empty(0)
+    for (_, a), (_, b) in zip(
+        source.parts(copy, bounds, nothing), source.parts(original, bounds, nothing), strict=True
+    ):
+        assert a is not None and b is not None
+        if a.tobytes() != b.tobytes():
+            raise differs(source, copy, original)
+
+
+def put(spec: WeightSpec, source: Source, name: str) -> jax.Array:
     """One weight on its devices. Slices that several devices share are read once."""
     devices_of: dict[tuple, list] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
@@ -83,34 +130,45 @@ def put(spec: WeightSpec, source: SafetensorsFolder, name: str) -> jax.Array:
 
 
 def read_slice(
-    spec: WeightSpec, source: SafetensorsFolder, name: str, bounds: tuple[tuple[int, int], ...]
+    spec: WeightSpec, source: Source, name: str, bounds: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """``bounds`` of one weight in its final dtype, filled a few rows at a time.
+    """``bounds`` of one weight in its final dtype, filled piece by piece.
 
-    The buffer is aligned so that a CPU device takes it over as it is: there, nothing but these rows
+    The buffer is aligned so that a CPU device takes it over as it is: there, nothing but a piece
     is ever in memory twice.
     """
     out = _aligned(tuple(b - a for a, b in bounds), spec.dtype)
     # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
-    stored = [(a, min(b, n)) for (a, b), n in zip(bounds, spec.stored, strict=True)]
-    counts = [max(0, b - a) for a, b in stored]
-    if tuple(counts) != out.shape:
+    stored = tuple((a, min(b, n)) for (a, b), n in zip(bounds, spec.stored, strict=True))
+    counts = tuple(max(0, b - a) for a, b in stored)
+    if counts != out.shape:
         out[...] = 0
-    (first, *_), rows = stored[0], counts[0]
-    others = tuple(slice(a, b) for a, b in stored[1:])
-    step = max(1, _CHUNK // max(1, math.prod(counts[1:])))
-    for row in range(0, rows if all(counts) else 0, step):
-        end = min(row + step, rows)
-        part = source.read(name, (slice(first + row, first + end), *others))
-        target = out[(slice(row, end), *(slice(0, n) for n in counts[1:]))]
-        cast_into(target, part)
-        # Nothing overflows float32, so there the stored half is looked at, which is less.
-        if not all_finite(part if spec.dtype == np.float32 else target):
-            what = "holds a NaN or an infinity; download it again"
-            if all_finite(part):
-                what = f"is too large for {spec.dtype.name}; use dtype=bfloat16 or float32"
-            raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
+    if not all(counts):
+        return out
+    filled = out[tuple(slice(0, n) for n in counts)]
+    kept = READABLE[source.tensors[name].dtype] in (spec.dtype.name, *_WITHIN[spec.dtype.name])
+    for where, part in source.parts(name, stored, filled):
+        target = filled[where]
+        if part is not None:  # else it was read to where it belongs
+            cast_into(target, part)
+        if not (source.finite and kept):
+            _refuse_nonfinite(target, part, source, name)
     return out
+
+
+# What a cast cannot make infinite: stored dtypes, by the wanted one.
+_WITHIN = {"float32": ("bfloat16", "float16"), "bfloat16": ("float16",), "float16": ()}
+
+
+def _refuse_nonfinite(target: np.ndarray, part: np.ndarray | None, source: Source, name: str):
+    part = target if part is None else part
+    # Nothing overflows float32, so there the stored half is looked at, which is less.
+    if all_finite(part if target.dtype == np.float32 else target):
+        return
+    what = "holds a NaN or an infinity; download it again"
+    if all_finite(part):
+        what = f"is too large for {target.dtype.name}; use dtype=bfloat16 or float32"
+    raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
@@ -121,12 +179,21 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+_EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_BLOCK = 1 << 18  # elements looked at together: what stays in a core's cache
+
+
 def all_finite(x: np.ndarray) -> bool:
     """Whether no element is NaN or infinite, told by the exponent bits (fast for bfloat16 too)."""
-    mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[x.dtype.name]
-    unsigned = np.dtype(f"u{x.dtype.itemsize}")
-    mask = unsigned.type(mask)
-    return not ((x.view(unsigned) & mask) == mask).any()
+    flat = x.reshape(-1) if x.flags.c_contiguous else np.ascontiguousarray(x).reshape(-1)
+    bits = flat.view(f"u{x.dtype.itemsize}")
+    mask = bits.dtype.type(_EXPONENT[x.dtype.name])
+    scratch = np.empty(min(_BLOCK, bits.size), bits.dtype)
+    for i in range(0, bits.size, _BLOCK):
+        part = bits[i : i + _BLOCK]
+        if np.bitwise_and(part, mask, out=scratch[: part.size]).max() == mask:
+            return False
+    return True
 
 
 def cast_into(target: np.ndarray, x: np.ndarray) -> None:

@@ -1,32 +1,41 @@
 """Hugging Face safetensors folders: what is in them, and reading any slice of any tensor.
 
-The safetensors library does the reading; this file finds the shards, checks everything that can be
-checked without reading a weight, and turns what is wrong into one line each.
+The safetensors library does the reading and judges every header; this file finds the shards, checks
+everything that can be checked without reading a weight, and turns what is wrong into one line each.
 """
 
 import json
+import math
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tpjax.errors import CheckpointError, listing
 
+if TYPE_CHECKING:
+    from tpjax.models import Family
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CHUNK = 1 << 21  # elements read together: at most 8 MB, and as much again for a cast
+_LARGEST_JSON = 1 << 28  # bytes; the index of the largest models has a few million
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor, known from its header."""
+    """One stored tensor, known from its header. ``offset``: where its bytes begin in the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
 
 
 class SafetensorsFolder:
@@ -34,6 +43,8 @@ class SafetensorsFolder:
 
     Raises CheckpointError for a missing, truncated or corrupt file, header or index.
     """
+
+    finite = False  # nobody has looked
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -82,15 +93,41 @@ class SafetensorsFolder:
     def _read_header(self, path: Path) -> None:
         try:
             handle = safe_open(path, framework="numpy")
+            offsets = _offsets(path)
             for name in handle.keys():
                 view = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(path, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{path}: holds {name}, and so does {self.tensors[name].file.name};"
+                        " download the folder again"
+                    )
+                shape = tuple(view.get_shape())
+                self.tensors[name] = TensorInfo(path, shape, view.get_dtype(), offsets[name])
+        except CheckpointError:
+            raise
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             reason = one_line(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({reason}); download it again"
             ) from error
         self._open[path] = handle
+
+    def name(self, family: "Family", path: str) -> str:
+        """What the weight at one of our paths is called here."""
+        return family.source(path)
+
+    def parts(
+        self, name: str, bounds: tuple[tuple[int, int], ...], out: np.ndarray
+    ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """A slice of one tensor, a few rows at a time: (where in the slice, values as stored)."""
+        (first, last), *others = bounds
+        inner = tuple(slice(a, b) for a, b in others)
+        within = tuple(slice(0, b - a) for a, b in others)
+        step = max(1, CHUNK // max(1, math.prod(b - a for a, b in others)))
+        for row in range(first, last, step):
+            end = min(row + step, last)
+            where = (slice(row - first, end - first), *within)
+            yield where, self.read(name, (slice(row, end), *inner))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A contiguous copy of one slice, in the stored dtype, one of `READABLE`."""
@@ -104,9 +141,44 @@ class SafetensorsFolder:
         return part
 
 
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin, from a header that the library has found to be good."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + info["data_offsets"][0]
+        for name, info in header.items()
+        if name != "__metadata__"
+    }
+
+
+def read_exactly(fd: int, offset: int, target: np.ndarray, where: Path) -> None:
+    """Fill ``target`` (contiguous bytes) from a file. Raises CheckpointError if the file cannot be
+    read or ends before that."""
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(fd, [target[done:]], offset + done)  # type: ignore[list-item]
+        except OSError as error:
+            at = offset + done
+            raise CheckpointError(
+                f"{where}: cannot be read at byte {at} ({error.strerror}); check the disk, or"
+                " download it again"
+            ) from error
+        if not got:
+            raise CheckpointError(
+                f"{where}: ends at byte {offset + done}, before its data; it was changed or cut"
+                " while it was read"
+            )
+        done += got
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or CheckpointError with the line that is wrong."""
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"{path}: {size} bytes are no config or index; download it again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from tpjax import env
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
-from tpjax.checkpoint.safetensors import SafetensorsFolder
 from tpjax.engine.engine import Engine
 from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
 from tpjax.engine.memory import check_memory
@@ -27,7 +26,7 @@ from tpjax.weights import WeightTable
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
     "model, tensor_parallel_size, data_parallel_size, dtype, max_model_len, max_num_seqs, seed,"
-    " plan, mesh"
+    " plan, mesh, verify"
 ).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",
@@ -43,13 +42,15 @@ _RENAMED = {
 
 
 class LLM:
-    """Load a Hugging Face model onto a mesh and generate with it. Argument names are vLLM's.
+    """Load a model onto a mesh and generate with it. Argument names are vLLM's.
 
-    ``model``: a folder or a hub id. ``tensor_parallel_size`` (1, or "auto" for the most devices the
+    ``model``: a Hugging Face folder, a hub id or a tpjax checkpoint. ``tensor_parallel_size`` (1, or "auto" for the most devices the
     model allows) and ``data_parallel_size`` make a mesh; ``mesh`` or ``plan`` give full control
     instead. ``dtype``: auto, float32, bfloat16 or float16. ``max_model_len``: prompt plus generated
     tokens, by default the model's own limit but at most 4096. ``max_num_seqs``: sequences decoded
-    together, rounded up to whole rows per replica. ``seed``: for requests without one.
+    together, rounded up to whole rows per replica. ``seed``: for requests without one. ``verify``: how
+    a tpjax checkpoint is compared with its manifest, "fast" (default: sizes, small files, a sample)
+    or "full" (every byte that is read).
 
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
@@ -69,6 +70,7 @@ class LLM:
         seed: int = 0,
         plan: Plan | None = None,
         mesh: Mesh | None = None,
+        verify: Literal["fast", "full"] | None = None,
         random_weights: bool = False,
         progress: load.Progress = iter,
         on_build: OnBuild = silent,
@@ -113,7 +115,7 @@ class LLM:
         if random_weights:
             self.weights = load.random(self.table, seed, progress)
         else:
-            source = SafetensorsFolder(self.folder.path)
+            source = load.open_source(self.folder.path, verify)
             self.weights = load.load(self.table, self.folder.family, source, progress)
         if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
             say(
@@ -196,22 +198,32 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Float32 ``[T, V]``: what the model says after each of these tokens, for evaluation."""
+        parts = [
+            out[0, :count, : self.config.vocab] for out, count in self._run("score", token_ids)
+        ]
+        return np.concatenate(parts)
+
+    def states(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Float32 ``[L + 2, T, D]``: the residual stream after the embedding, after every block and
+        after the final norm, for comparing with another implementation."""
+        parts = [out[:, 0, :count] for out, count in self._run("states", token_ids)]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _run(self, kind: str, token_ids: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+        """A step over a prompt, chunk by chunk: its result, and how many tokens of it are real."""
         ids = check_ids(list(token_ids), self.config.vocab, self.max_model_len, room=0)
         exe = self.executables
-        sizes = exe.buckets.chunk_sizes(len(ids))
-        cache = exe[f"zeros[b{exe.one}]"]()
-        out, start = [], 0
-        for size in sizes:
+        cache, start = exe[f"zeros[b{exe.one}]"](), 0
+        for size in exe.buckets.chunk_sizes(len(ids)):
             token = np.zeros((exe.one, size), np.int32)
             part = ids[start : start + size]
             token[:, : len(part)] = part
             begin = np.full(exe.one, start, np.int32)
-            cache, logits = exe[f"score[t{size}]"](
+            cache, out = exe[f"{kind}[t{size}]"](
                 self.weights, cache, exe.upload(token), exe.upload(begin)
             )
-            out.append(np.asarray(logits)[0, : len(part), : self.config.vocab])
+            yield np.asarray(out), len(part)
             start += size
-        return np.concatenate(out)
 
     def _requests(self, prompts, sampling_params) -> list[Request]:
         many = as_prompts(prompts)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 MeshAxes = tuple[str, ...]
 
@@ -39,3 +39,10 @@ class Rules:
             raise ValueError(f"axes {axes} (partial {partial}) use mesh axis {sorted(twice)} twice")
         entries = [names[0] if len(names) == 1 else (names or None) for names in per_axis]
         return PartitionSpec(*entries, unreduced=frozenset(partial))
+
+
+def sharding_word(sharding: Sharding) -> str:
+    """``tensor, -``: which mesh axes split each axis of an array; ``-`` is none."""
+    assert isinstance(sharding, NamedSharding)
+    entries = (e if isinstance(e, tuple) else (e,) for e in sharding.spec)
+    return ", ".join(" x ".join(name or "-" for name in names) for names in entries) or "-"

@@ -1,0 +1,163 @@
+"""Export: a tpjax checkpoint back into a Hugging Face folder of safetensors.
+
+Tensors have the names and lie in the files they came from. What is written is hashed on the way and
+compared with the manifest, so an export is exact or it does not appear.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from checkpoints_tools.sources import stored_rows
+from checkpoints_tools.staging import JOURNAL, check_places, named, partial_of, stage
+from checkpoints_tools.workers import ARENA, Budget, Workers, divide
+from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
+from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
+from tpjax.checkpoint.safetensors import INDEX, READABLE, SINGLE
+from tpjax.errors import CheckpointError, UsageError
+
+OnBytes = Callable[[int], object]
+_WORDS = {ours: theirs for theirs, ours in READABLE.items()}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to write: what of the checkpoint, and where in its file."""
+
+    name: str
+    weight: Weight
+    file: str
+    offset: int
+
+
+def export(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    on_total: OnBytes = lambda total: None,
+    on_bytes: OnBytes = lambda count: None,
+) -> dict:
+    """Write the folder ``dst``, whole or not at all; returns what was written.
+
+    Raises CheckpointError naming the weight and file that do not match the manifest.
+    """
+    src, dst = Path(src), Path(os.path.abspath(dst))
+    if not is_checkpoint(src):
+        raise CheckpointError(f"{src}: no {MANIFEST}; give a tpjax checkpoint")
+    source = OrbaxFolder(src)
+    check_places(src, dst)
+    if dst.is_dir() and any(dst.iterdir()):
+        raise UsageError(f"{dst}: a tpjax checkpoint; give a new folder")
+    if (partial_of(dst) / JOURNAL).exists():
+        raise UsageError(f"{partial_of(dst)}: an unfinished conversion; give another folder")
+    files = _files(source)
+    tensors = [tensor for shard in files.values() for tensor in shard]
+    on_total(sum(tensor.weight.layout.nbytes for tensor in tensors))
+    with stage(dst) as staging:
+        staging.clear()  # what an export that was killed has left
+        for file, shard in files.items():
+            staging.write(file, _header(shard))
+        workers = Workers(Budget(4, _arena(source)))
+
+        def one(tensor: _Tensor, arena: np.ndarray) -> None:
+            _write(source, tensor, staging.path / tensor.file, arena, workers, on_bytes)
+
+        workers.run(one, tensors)
+        if len(files) > 1:
+            total = sum(tensor.weight.layout.nbytes for tensor in tensors)
+            where = {tensor.name: tensor.file for tensor in tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            staging.write(INDEX, json.dumps(index, indent=2).encode() + b"\n")
+        for name in source.manifest.files:
+            if not name.startswith(f"{WEIGHTS}/"):
+                staging.write(name, (src / name).read_bytes())
+        for file in files:
+            with named(staging.path / file):
+                fd = os.open(staging.path / file, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+        staging.commit()
+    return {
+        "folder": str(dst),
+        "tensors": len(tensors),
+        "files": len(files),
+        "bytes": sum(tensor.weight.layout.nbytes for tensor in tensors),
+    }
+
+
+def _files(source: OrbaxFolder) -> dict[str, list[_Tensor]]:
+    """The files to write, each with its tensors in order."""
+    manifest = source.manifest
+    wanted = [(weight, weight.source) for weight in manifest.weights]
+    wanted += [(source.weights[path], copy) for path, copy in manifest.copies.items()]
+    single = len({of.file for _, of in wanted}) == 1
+    files: dict[str, list[_Tensor]] = {}
+    for weight, of in sorted(wanted, key=lambda pair: (pair[1].file, pair[1].name)):
+        file = SINGLE if single else _file(of)
+        before = files.setdefault(file, [])
+        offset = before[-1].offset + before[-1].weight.layout.nbytes if before else 0
+        before.append(_Tensor(of.name, weight, file, offset))
+    return files
+
+
+def _file(source: Source) -> str:
+    """Legacy files become safetensors."""
+    name = source.file.removesuffix(".bin").removesuffix(".safetensors")
+    return f"{name.replace('pytorch_model', 'model')}.safetensors"
+
+
+def _header(shard: list[_Tensor]) -> bytes:
+    """A safetensors header: its length, and JSON filled up with spaces to a multiple of 8 bytes."""
+    about: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    for tensor in shard:
+        layout = tensor.weight.layout
+        about[tensor.name] = {
+            "dtype": _WORDS[layout.dtype],
+            "shape": list(layout.shape),
+            "data_offsets": [tensor.offset, tensor.offset + layout.nbytes],
+        }
+    text = json.dumps(about, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _row_buffers(weight: Weight) -> tuple[int, int]:
+    layout = weight.layout
+    return layout.row_bytes, layout.cut_bytes(1) if layout.axis else 0
+
+
+def _arena(source: OrbaxFolder) -> int:
+    return max(ARENA, *(sum(_row_buffers(w)) for w in source.weights.values()))
+
+
+def _write(source: OrbaxFolder, tensor: _Tensor, path: Path, arena, workers, on_bytes) -> None:
+    """One weight's rows, put together from its chunks, to their place in the file."""
+    weight, digest = tensor.weight, xxhash.xxh3_128()
+    layout = weight.layout
+    step, (buffer, cut) = divide(arena, layout.rows, *_row_buffers(weight))
+    with named(path), open(path, "r+b", buffering=0) as out:
+        length = int.from_bytes(out.read(8), "little")
+        out.seek(8 + length + tensor.offset)
+        with stored_rows(source.folder, weight, cut.reshape(-1)) as read:
+            for first in range(0, layout.rows, step):
+                workers.go_on()
+                rows = buffer[: layout.rows - first]
+                read(first, rows)
+                digest.update(rows.reshape(-1))  # type: ignore[arg-type]
+                _write_all(out, rows.reshape(-1))
+                on_bytes(rows.size)
+    if digest.hexdigest() != weight.digest:
+        raise CheckpointError(
+            f"{source.folder / weight.file}: {weight.path} is damaged; nothing was exported"
+        )
+
+
+def _write_all(out, data: np.ndarray) -> None:
+    done = 0
+    while done < len(data):
+        done += out.write(data[done:])

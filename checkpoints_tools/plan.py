@@ -1,0 +1,161 @@
+"""What becomes what: a conversion, planned from the headers alone."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from checkpoints_tools.sources import RowSource, hugging_face
+from checkpoints_tools.workers import ARENA, SCRATCH, Budget
+from tpjax.checkpoint import folder as folders
+from tpjax.checkpoint import load
+from tpjax.checkpoint.folder import ModelFolder
+from tpjax.checkpoint.layout import NUMPY, Layout
+from tpjax.checkpoint.manifest import MANIFEST
+from tpjax.checkpoint.safetensors import READABLE, TensorInfo
+from tpjax.errors import CheckpointError, UsageError
+from tpjax.parallel.mesh import make_mesh
+from tpjax.plan import Plan
+from tpjax.weights import WeightSpec, WeightTable
+
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """One weight: its tensor in the source, and how it will lie in the checkpoint."""
+
+    spec: WeightSpec
+    name: str
+    info: TensorInfo
+    layout: Layout
+
+    @property
+    def stored(self) -> str:
+        """The source's dtype."""
+        return READABLE[self.info.dtype]
+
+    @property
+    def casts(self) -> bool:
+        return self.stored != self.layout.dtype
+
+    @property
+    def source_row_bytes(self) -> int:
+        return self.layout.row_bytes // self.layout.itemsize * NUMPY[self.stored].itemsize
+
+    @property
+    def source_bytes(self) -> int:
+        return self.layout.rows * self.source_row_bytes
+
+    @property
+    def bytes_per_device(self) -> int:
+        """On the plan's mesh, in the dtype of the checkpoint, padding included."""
+        return self.spec.bytes_per_device // self.spec.dtype.itemsize * self.layout.itemsize
+
+    @property
+    def row_buffers(self) -> tuple[int, int, int]:
+        """Bytes each row in flight takes: as read, as cast, as cut."""
+        cast = self.layout.row_bytes if self.casts else 0
+        cut = self.layout.cut_bytes(1) if self.layout.axis else 0
+        return self.source_row_bytes, cast, cut
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A whole model. ``source`` is None for a lone config.json, which can be planned, not run."""
+
+    title: str  # the hub id, or the folder's name
+    folder: ModelFolder
+    table: WeightTable
+    items: tuple[Item, ...]
+    copies: dict[str, TensorInfo]  # tied copies: our path -> the copy's tensor
+    copy_names: dict[str, str]
+    left_out: tuple[str, ...]
+    source: RowSource | None
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(item.source_bytes for item in self.items)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the weights' files."""
+        return sum(item.layout.file_bytes for item in self.items)
+
+    @property
+    def bytes_per_device(self) -> int:
+        return sum(item.bytes_per_device for item in self.items)
+
+    def budget(self, max_host_bytes: int) -> Budget:
+        """How the limit is spent. Raises UsageError if not even one row of each weight fits."""
+        largest = max(self.items, key=lambda item: sum(item.row_buffers))
+        arena = min(ARENA, max_host_bytes - SCRATCH)
+        if arena < (needed := sum(largest.row_buffers)):
+            least = (needed + SCRATCH) / 1e9
+            raise UsageError(
+                f"--max-host-gb {max_host_bytes / 1e9:g}: one row of {largest.name} needs more;"
+                f" give at least {least + 0.0005:.3f}"
+            )
+        most = min(_MOST_WORKERS, 2 * (os.cpu_count() or 1), len(self.items))
+        return Budget(max(1, min(most, max_host_bytes // (ARENA + SCRATCH))), arena)
+
+
+def plan(
+    src: str | Path, *, dtype: str | None = None, data: int = 1, tensor: int = 1, rep: int = 1
+) -> Conversion:
+    """Plan the conversion of a Hugging Face folder, a hub id or (nothing but plan) a config.json.
+
+    ``dtype``: cast all weights to it; None keeps each as it is. The mesh decides nothing that is
+    written; it is what the plan tells bytes per device of. Nothing but headers is read. Raises
+    CheckpointError if config and weights disagree, UsageError if the model refuses the mesh.
+    """
+    if str(src).endswith(".json") and os.path.isfile(src):
+        folder, source = folders.config_only(Path(src)), None
+    else:
+        path = locate(src)
+        if (path / MANIFEST).is_file():
+            raise UsageError(f"{src}: is a tpjax checkpoint already; `export` turns it back")
+        folder = folders.read_folder(path)
+        source = hugging_face(path)
+    plan = Plan(mesh=make_mesh(data, tensor, rep)).fit(folder.config)
+    table = WeightTable(folder.config, plan)
+    family = folder.family
+    if source is None:
+        if folder.stored_dtype not in NUMPY:
+            raise CheckpointError(
+                f"{src}: dtype {folder.stored_dtype!r}; readable are {', '.join(NUMPY)}"
+            )
+        word = next(w for w, ours in READABLE.items() if ours == folder.stored_dtype)
+        none = Path("none")
+        tensors = {family.source(s.path): TensorInfo(none, s.stored, word) for s in table.specs}
+        copies = {}
+    else:
+        load.check(table, family, source)
+        tensors = source.tensors
+        copy = load.tied_copy(table, family, source)
+        copies = {} if copy is None else {"embed.w": copy}
+    items = []
+    for spec in table.specs:
+        name = family.source(spec.path)
+        stored = dtype or READABLE[tensors[name].dtype]
+        layout = Layout.of(spec.stored, stored, spec.split or 0, spec.unit)
+        items.append(Item(spec, name, tensors[name], layout))
+    known = {item.name for item in items} | set(copies.values())
+    return Conversion(
+        title=Path(src).resolve().name if os.path.exists(src) else str(src),
+        folder=folder,
+        table=table,
+        items=tuple(items),
+        copies={path: tensors[name] for path, name in copies.items()},
+        copy_names=copies,
+        left_out=tuple(sorted(name for name in tensors if name not in known)),
+        source=source,
+    )
+
+
+def locate(src: str | Path) -> Path:
+    """A local folder; of a hub id's files the safetensors, or legacy files where there are none."""
+    path = folders.locate(src)
+    if not os.path.isdir(src) and not any(path.glob("*.safetensors")):
+        path = folders.locate(src, weights="pytorch_model*.bin")
+    return path
