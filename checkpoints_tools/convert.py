@@ -38,7 +38,7 @@ from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError
 
 DEFAULT_GB = 1.0
-OnBytes = Callable[[int], None]
+OnBytes = Callable[[int], object]
 _KEPT = {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken"}
 _KEPT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _LARGEST_KEPT = 1 << 28
@@ -113,7 +113,7 @@ def _result(conversion: Conversion, dst: Path, converted: int, budget: Budget) -
 
 
 def _already(conversion: Conversion, dst: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether ``dst`` is this conversion's finished result; refuses one that must not be touched."""
+    """Whether ``dst`` is what this would make; refuses a checkpoint that must not be touched."""
     if not is_checkpoint(dst) or overwrite:
         return False
     if resume:
@@ -202,7 +202,7 @@ class _Job:
                     self.workers.go_on()
                     count = min(step, layout.rows - first)
                     read(first, raw[:count])
-                    original.update(raw[:count].reshape(-1))  # type: ignore[arg-type]
+                    original.update(raw[:count].reshape(-1).data)
                     rows = cast[:count] if item.casts else raw[:count]
                     finite &= self._cast(item, raw[:count], rows)
                     pieces = layout.cut(rows, cut.reshape(-1))
@@ -273,7 +273,7 @@ def _put(fd: int, layout, first: int, count: int, cut: np.ndarray) -> None:
     for _, offset, size in layout.runs(first, count):
         end = at + size
         while at < end:
-            wrote = os.pwrite(fd, cut[at:end], offset)
+            wrote = os.pwrite(fd, cut[at:end].data, offset)
             at, offset = at + wrote, offset + wrote
 
 
@@ -295,9 +295,9 @@ def _copies(conversion: Conversion, records: dict[str, Weight], budget: Budget) 
                 for first in range(0, item.layout.rows, len(buffer)):
                     rows = buffer[: item.layout.rows - first]
                     read(first, rows)
-                    digest.update(rows.reshape(-1))  # type: ignore[arg-type]
+                    digest.update(rows.reshape(-1).data)
         if digest.hexdigest() != records[path].source.digest:
-            raise differs(source, name, item.name)  # type: ignore[arg-type]
+            raise differs(source, name, item.name)
         file = str(info.file.relative_to(conversion.folder.path))
         found[path] = Source(file, name, info.dtype, digest.hexdigest())
     return found

@@ -17,10 +17,10 @@ class Digests:
 
     def add(self, rows: np.ndarray, cut: np.ndarray) -> None:
         """The next rows, ``uint8 [n, row_bytes]``, and the same as `Layout.cut` has them."""
-        self._whole.update(rows.reshape(-1))  # type: ignore[arg-type]
+        self._whole.update(rows.reshape(-1).data)
         at = 0
         for chunk, _, size in self.layout.runs(self._next, len(rows)):
-            self._chunks[chunk].update(cut[at : at + size])  # type: ignore[arg-type]
+            self._chunks[chunk].update(cut[at : at + size].data)
             at += size
         self._next += len(rows)
 

@@ -49,7 +49,7 @@ def _weight(item: Item) -> dict:
 
 
 def _lines(conversion: Conversion, result: dict) -> list[str]:
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for weight in result["weights"]:
         rows.append(
             (

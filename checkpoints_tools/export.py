@@ -148,7 +148,7 @@ def _write(source: OrbaxFolder, tensor: _Tensor, path: Path, arena, workers, on_
                 workers.go_on()
                 rows = buffer[: layout.rows - first]
                 read(first, rows)
-                digest.update(rows.reshape(-1))  # type: ignore[arg-type]
+                digest.update(rows.reshape(-1).data)
                 _write_all(out, rows.reshape(-1))
                 on_bytes(rows.size)
     if digest.hexdigest() != weight.digest:

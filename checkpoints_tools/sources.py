@@ -26,6 +26,7 @@ from tpjax.checkpoint.safetensors import (
     read_json,
 )
 from tpjax.errors import CheckpointError, UsageError, listing
+from tpjax.models import Family
 
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TORCH_WORDS = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -40,6 +41,8 @@ class RowSource(Protocol):
 
     @property
     def files(self) -> list[Path]: ...
+
+    def name(self, family: Family, path: str) -> str: ...
 
     def rows(self, name: str) -> contextlib.AbstractContextManager[ReadRows]: ...
 
@@ -141,7 +144,7 @@ class TorchRows:
     def files(self) -> list[Path]:
         return sorted(self._states)
 
-    def name(self, family, path: str) -> str:
+    def name(self, family: Family, path: str) -> str:
         return family.source(path)
 
     @contextlib.contextmanager

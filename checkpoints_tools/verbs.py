@@ -3,7 +3,6 @@
 import argparse
 import json
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -126,7 +125,9 @@ def _bar(what: str, quiet: bool):
     def on_total(total: int) -> None:
         bar.reset(total)
 
-    on_bytes: Callable[[int], object] = bar.update
+    def on_bytes(count: int) -> None:
+        bar.update(count)
+
     try:
         yield on_total, on_bytes
     finally:

@@ -181,10 +181,10 @@ def _differences(
                 workers.go_on()
                 rows = raw[: item.layout.rows - first]
                 read(first, rows)
-                original.update(rows.reshape(-1))  # type: ignore[arg-type]
+                original.update(rows.reshape(-1).data)
                 target = cast[: len(rows)]
                 load.cast_into(target.view(dtype), rows.view(NUMPY[item.stored]))
-                stored.update(target.reshape(-1))  # type: ignore[arg-type]
+                stored.update(target.reshape(-1).data)
                 on_bytes(rows.size)
         if original.hexdigest() != weight.source.digest:
             return [f"{item.info.file}: {item.name} is not what {weight.path} was made from"]

@@ -14,7 +14,8 @@ MB = 1 << 20
 ARENA = 24 * MB  # more is not faster
 SCRATCH = 1 * MB  # what looking for NaNs takes beside the arena
 _SLAB = 8 * MB  # read at once: stays in the processor's cache while it is worked on
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,20 @@ def test_tied_embeddings(tiny_model, tmp_path, copied):
         folder = copy
     weights, source = loaded(folder, tensor=2)
     assert "head" not in {spec.path for spec, _, _ in weights}
-    assert source.bytes_read == sum(t.nbytes for t in tensors.values())
+    compared = 2 * tensors["model.embed_tokens.weight"].nbytes if copied else 0
+    assert source.bytes_read == sum(t.nbytes for t in tensors.values()) + compared
+
+
+def test_a_tied_copy_that_is_none(tiny_model, tmp_path):
+    """transformers would not tie here; what it would compute is not what one leaf can."""
+    folder, _ = tiny_model(num_hidden_layers=1, tie_word_embeddings=True)
+    copy = shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / WEIGHTS)
+    other = tensors["model.embed_tokens.weight"].copy()
+    other[130, 63] += 1
+    save_file(tensors | {"lm_head.weight": other}, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match="lm_head.weight is model.embed_tokens.weight"):
+        loaded(copy, tensor=2)
 
 
 def test_progress_sees_every_weight_once(folder):

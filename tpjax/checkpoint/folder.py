@@ -34,7 +34,8 @@ def bundled() -> Path:
 
 def locate(model: str | Path, weights: str = "*.safetensors") -> Path:
     """A local folder for a path or a hub id (``org/name``, downloaded once, with the weights of
-    that pattern; HF_HOME and HF_TOKEN are honoured). Raises CheckpointError saying which of the two failed."""
+    that pattern; HF_HOME and HF_TOKEN are honoured). Raises CheckpointError saying which of the
+    two failed."""
     if not isinstance(model, str | os.PathLike):
         raise UsageError(f"model={model!r}: give a folder or a hub id of the form org/name")
     name = os.fspath(model)

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from tpjax.checkpoint import orbax
-from tpjax.checkpoint.orbax import OrbaxFolder
-from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder
+from tpjax.checkpoint.orbax import OrbaxFolder, Verify
+from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder, TensorInfo
 from tpjax.errors import CheckpointError, UsageError, listing
 from tpjax.models import Family
 from tpjax.weights import WeightSpec, WeightTable
@@ -23,7 +24,16 @@ Progress = Callable[[Iterable[WeightSpec]], Iterable[WeightSpec]]
 Source = SafetensorsFolder | OrbaxFolder
 
 
-def open_source(folder: Path, verify: str | None = None) -> Source:
+class Named(Protocol):
+    """What can be checked against a table: tensors, and what our weights are called there."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+
+    def name(self, family: Family, path: str) -> str: ...
+
+
+def open_source(folder: Path, verify: Verify | None = None) -> Source:
     """The weights of a folder of either format. ``verify`` (see `OrbaxFolder`) is for tpjax
     checkpoints: safetensors files have nothing to be compared with, so there it is refused."""
     if orbax.is_checkpoint(folder):
@@ -50,7 +60,7 @@ def load(
     return tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
 
 
-def check(table: WeightTable, family: Family, source: Source) -> dict[str, str]:
+def check(table: WeightTable, family: Family, source: Named) -> dict[str, str]:
     """Our path -> the checkpoint's name, for every weight; nothing is read."""
     names = {spec.path: source.name(family, spec.path) for spec in table.specs}
     stored = source.tensors
@@ -80,13 +90,13 @@ def check(table: WeightTable, family: Family, source: Source) -> dict[str, str]:
     return names
 
 
-def tied_copy(table: WeightTable, family: Family, source: Source) -> str | None:
+def tied_copy(table: WeightTable, family: Family, source: Named) -> str | None:
     """The checkpoint's name of a second copy of the embedding, which some files hold."""
     name = source.name(family, "head")
     return name if table.config.tie_embeddings and name in source.tensors else None
 
 
-def differs(source: Source, copy: str, original: str) -> CheckpointError:
+def differs(source: Named, copy: str, original: str) -> CheckpointError:
     """What to say of a tied copy that is none: transformers then would not tie."""
     return CheckpointError(
         f"{source.folder}: config.json says that {copy} is {original} (tie_word_embeddings), but"

@@ -1,9 +1,9 @@
 """The manifest of a tpjax checkpoint: what every weight and file must be, down to the byte.
 
 A checkpoint is a folder with ``tpjax_manifest.json``, the model's small files as they were
-(``config.json``, the tokenizer, ...) and ``weights/``, an Orbax checkpoint of one array per weight.
-Neither Orbax nor safetensors notices a flipped byte in the data; this file is what does. Digests are
-xxh3 (128 bits for weights and files, 64 for chunks): they find damage, not forgery.
+(``config.json``, the tokenizer, ...) and ``weights/``, an Orbax checkpoint, one array per weight.
+Neither Orbax nor safetensors notices a flipped byte in the data; this file is what does. Digests
+are xxh3 (128 bits for weights and files, 64 for chunks): they find damage, not forgery.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -43,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: ``digest`` and ``chunks`` are of what is stored, after a cast if there was one."""
+    """One weight; ``digest`` and ``chunks`` are of what is stored, cast if there was a cast."""
 
     path: str
     shape: tuple[int, ...]
@@ -106,7 +107,8 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises CheckpointError for a manifest that was damaged, edited or made by a newer tpjax."""
+        """Raises CheckpointError for a manifest that was damaged or edited, NewerFormat for one
+        that a newer tpjax made."""
         path = folder / MANIFEST
         try:
             raw = path.read_bytes()
@@ -150,8 +152,9 @@ class Manifest:
 
 def weight_of(record: dict) -> Weight:
     """A weight from its JSON object; raises KeyError, TypeError or ValueError for what is none."""
-    lists = {word: tuple(record[word]) for word in ("shape", "axes", "cut")}
-    weight = Weight(**record | lists | {"source": Source(**record["source"])})
+    made: dict[str, Any] = record | {"source": Source(**record["source"])}
+    made |= {word: tuple(record[word]) for word in ("shape", "axes", "cut")}
+    weight = Weight(**made)
     axis, width = weight.cut
     if not _PATH.fullmatch(weight.path) or weight.dtype not in NUMPY:
         raise ValueError(f"no weight: {weight.path!r} of {weight.dtype!r}")

@@ -19,6 +19,7 @@ from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import DAMAGED, MANIFEST, Manifest, Weight
 from tpjax.checkpoint.safetensors import READABLE, TensorInfo, read_exactly
 from tpjax.errors import CheckpointError, UsageError
+from tpjax.models import Family
 
 Verify = Literal["fast", "full"]
 Bounds = tuple[tuple[int, int], ...]
@@ -32,6 +33,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def check_verify(verify: object) -> None:
+    """Raise UsageError for what is no way to verify."""
     if verify not in get_args(Verify):
         raise UsageError(f"verify={verify!r}: known are {', '.join(get_args(Verify))}")
 
@@ -61,7 +63,7 @@ class OrbaxFolder:
                 raise CheckpointError(problems[0])
             self.bytes_read = 0
 
-    def name(self, family, path: str) -> str:
+    def name(self, family: Family, path: str) -> str:
         """What the weight at one of our paths is called here."""
         return path
 
@@ -173,7 +175,7 @@ class OrbaxFolder:
         return data
 
     def _compare(self, weight: Weight, chunk: int, data: np.ndarray) -> None:
-        if xxhash.xxh3_64_hexdigest(as_bytes(data)) != weight.chunk_digest(chunk):
+        if xxhash.xxh3_64_hexdigest(as_bytes(data).data) != weight.chunk_digest(chunk):
             raise CheckpointError(self.damaged(weight, chunk))
 
     def damaged(self, weight: Weight, chunk: int) -> str:

@@ -11,15 +11,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tpjax.errors import CheckpointError, listing
-
-if TYPE_CHECKING:
-    from tpjax.models import Family
+from tpjax.models import Family
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -112,7 +109,7 @@ class SafetensorsFolder:
             ) from error
         self._open[path] = handle
 
-    def name(self, family: "Family", path: str) -> str:
+    def name(self, family: Family, path: str) -> str:
         """What the weight at one of our paths is called here."""
         return family.source(path)
 

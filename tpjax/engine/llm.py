@@ -44,13 +44,13 @@ _RENAMED = {
 class LLM:
     """Load a model onto a mesh and generate with it. Argument names are vLLM's.
 
-    ``model``: a Hugging Face folder, a hub id or a tpjax checkpoint. ``tensor_parallel_size`` (1, or "auto" for the most devices the
-    model allows) and ``data_parallel_size`` make a mesh; ``mesh`` or ``plan`` give full control
-    instead. ``dtype``: auto, float32, bfloat16 or float16. ``max_model_len``: prompt plus generated
-    tokens, by default the model's own limit but at most 4096. ``max_num_seqs``: sequences decoded
-    together, rounded up to whole rows per replica. ``seed``: for requests without one. ``verify``: how
-    a tpjax checkpoint is compared with its manifest, "fast" (default: sizes, small files, a sample)
-    or "full" (every byte that is read).
+    ``model``: a Hugging Face folder, a hub id or a tpjax checkpoint. ``tensor_parallel_size`` (1,
+    or "auto" for the most devices the model allows) and ``data_parallel_size`` make a mesh;
+    ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
+    ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
+    4096. ``max_num_seqs``: sequences decoded together, rounded up to whole rows per replica.
+    ``seed``: for requests without one. ``verify``: how a tpjax checkpoint is compared with its
+    manifest, "fast" (default: sizes, small files, a sample) or "full" (every byte that is read).
 
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
