@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from tpjax import env
 from tpjax.checkpoint.folder import model_config
 from tpjax.models import find
 from tpjax.parallel.mesh import make_mesh
@@ -25,6 +26,12 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
+}
+SMALL = {  # 12 MB a layer, 16 MB more
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
 }
 _BLOCK = 1_048_573  # a prime number of values is repeated: no two places of a weight line up
 
@@ -68,8 +75,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=14, help="0.44 GB each; default: %(default)s")
     parser.add_argument("--shards", type=int, default=8, help="at least; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--small", action="store_true", help="8 MB a layer, and 17 MB")
     args = parser.parse_args()
-    print(write(args.folder, args.layers, args.shards, args.dtype))
+    env.start(1)
+    print(write(args.folder, args.layers, args.shards, args.dtype, **(SMALL if args.small else {})))
     return 0
 
 

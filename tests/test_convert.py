@@ -1,0 +1,417 @@
+"""There and back: what is converted restores on every mesh, and is exported, bit for bit."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import tpjax
+from checkpoints_tools import workers
+from checkpoints_tools.convert import convert
+from checkpoints_tools.export import export
+from checkpoints_tools.sources import TORCH_INDEX, TORCH_SINGLE
+from checkpoints_tools.staging import partial_of
+from checkpoints_tools.verify import verify
+from tests import reference
+from tests.bad import INDEX, WEIGHTS, edit_json
+from tpjax.checkpoint import folder as folders
+from tpjax.checkpoint import load
+from tpjax.checkpoint.manifest import Manifest
+from tpjax.checkpoint.orbax import OrbaxFolder
+from tpjax.parallel.mesh import make_mesh
+from tpjax.plan import Plan
+from tpjax.weights import WeightTable
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+MESHES = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 4, 2), (2, 4, 1)]  # data, tensor, rep
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how it lies on disk."""
+
+    facts: dict = field(default_factory=dict)
+    dtype: str = "float32"
+    sharded: bool = False
+
+
+CASES = {
+    "untied, grouped heads": Case(),
+    "tied, bfloat16": Case({"tie_word_embeddings": True}, "bfloat16"),
+    "biases, float16": Case({"attention_bias": True, "mlp_bias": True}, "float16"),
+    "sharded, bfloat16": Case({"vocab_size": 256}, "bfloat16", sharded=True),
+    "eight key/value heads": Case({"num_key_value_heads": 8}),
+    "wide, an awkward MLP": Case({"intermediate_size": 344, "hidden_size": 256}),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    case: Case
+    source: Path
+    folder: Path
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def degrees(self):
+        return [m for m in MESHES if m != (1, 4, 2) or self.case.facts.get("num_key_value_heads")]
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def made(request, tiny_model, tmp_path_factory):
+    """A checkpoint, converted."""
+    case, root = request.param, tmp_path_factory.mktemp("converted")
+    _, model = tiny_model(num_hidden_layers=2, **case.facts)
+    size = "20KB" if case.sharded else "1GB"
+    model.to(getattr(torch, case.dtype)).save_pretrained(root / "hf", max_shard_size=size)
+    model.float()
+    files = list((root / "hf").glob("*.safetensors"))
+    assert (len(files) > 3) == case.sharded
+    tensors = {name: x for file in files for name, x in load_file(file).items()}
+    convert(root / "hf", root / "tpjax")
+    return Converted(case, root / "hf", root / "tpjax", tensors)
+
+
+def table_of(folder, mesh=(1, 1, 1), dtype=None):
+    model = folders.read_folder(folder)
+    config = folders.with_dtype(model.config, dtype or model.stored_dtype)
+    return WeightTable(config, Plan(mesh=make_mesh(*mesh)).fit(config)), model.family
+
+
+def leaves(folder, mesh=(1, 1, 1), dtype=None, verify=None):
+    table, family = table_of(folder, mesh, dtype)
+    return table, load.load(table, family, load.open_source(folder, verify))
+
+
+def same_bits(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# --- there
+
+
+@pytest.mark.parametrize("verify", ["fast", "full"])
+@pytest.mark.parametrize("mesh", [*MESHES, (1, 8, 1)])
+def test_restores_on_every_mesh(made, mesh, verify):
+    """Every leaf is bit for bit the stored tensor and what loading the source itself gives, every
+    device's slice too; at tensor=8 four key/value heads go over tensor=4 x rep=2."""
+    if mesh == (1, 4, 2) and made.case.facts.get("num_key_value_heads") == 8:
+        pytest.skip("eight heads need no rep")
+    table, restored = leaves(made.folder, mesh, verify=verify)
+    _, direct = leaves(made.source, mesh)
+    family = folders.read_folder(made.folder).family
+    for spec, ours, theirs in zip(table.specs, restored, direct, strict=True):
+        stored = made.tensors[family.source(spec.path)]
+        assert stored.dtype == DTYPES[made.case.dtype]
+        grow = [(0, n - m) for n, m in zip(spec.shape, stored.shape, strict=True)]
+        whole = np.pad(stored, grow)
+        assert same_bits(ours, whole) and same_bits(ours, theirs), spec.path
+        assert ours.committed and ours.sharding == spec.sharding
+        for shard in ours.addressable_shards:
+            assert same_bits(shard.data, whole[shard.index]), (spec.path, shard.device)
+
+
+def test_restores_in_another_dtype(made):
+    for dtype in DTYPES:
+        _, restored = leaves(made.folder, (1, 4, 1), dtype)
+        _, direct = leaves(made.source, (1, 4, 1), dtype)
+        assert all(map(same_bits, restored, direct))
+
+
+def test_orbax_restores_it(made):
+    """Orbax's own checkpointer, onto a mesh of eight devices and without being told any."""
+    table, _ = table_of(made.folder)
+    mesh = jax.make_mesh((8,), ("x",))
+    target, expected = {}, {}
+    family = folders.read_folder(made.folder).family
+    for spec in table.specs:
+        axis = spec.split if spec.split is not None else None
+        names = ["x" if n == axis and spec.stored[n] % 8 == 0 else None for n in range(2)]
+        sharding = jax.NamedSharding(mesh, jax.P(*names[: len(spec.stored)]))
+        dtype = DTYPES[made.case.dtype]
+        *above, last = spec.path.split(".")
+        at, expect = target, expected
+        for key in above:
+            at, expect = at.setdefault(key, {}), expect.setdefault(key, {})
+        at[last] = jax.ShapeDtypeStruct(spec.stored, dtype, sharding=sharding)
+        expect[last] = made.tensors[family.source(spec.path)]
+    checkpointer = ocp.StandardCheckpointer()
+    for restored in (
+        checkpointer.restore(made.folder / "weights", target),
+        checkpointer.restore(made.folder / "weights"),
+    ):
+        assert jax.tree.all(jax.tree.map(same_bits, restored, expected))
+
+
+@pytest.mark.parametrize("verify", ["fast", "full"])
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_a_device_reads_its_own_bytes(made, tensor, verify):
+    """Of all that is split: its share, and at most 2 % of all more, even where whole chunks have to
+    be read to be compared. (Key/value heads on several devices are split into fewer shares.)"""
+    table, _ = table_of(made.folder, (1, tensor, 1))
+    source = OrbaxFolder(made.folder, verify)
+    shares = {
+        s.path: table.plan.shards(s.axes[s.split]) for s in table.specs if s.split is not None
+    }
+    size = {path: source.weights[path].layout.nbytes for path in shares}
+    share = sum(size[path] / shares[path] for path in shares)
+    if made.case.facts.get("num_key_value_heads") == 8:
+        assert share == sum(size.values()) / tensor
+    for device in table.plan.mesh.devices.flat:
+        source.bytes_read = 0
+        for spec in (table.by_path[path] for path in shares):
+            index = spec.sharding.addressable_devices_indices_map(spec.shape)[device]
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
+            load.read_slice(spec, source, spec.path, bounds)
+        assert 0 < source.bytes_read <= share + 0.02 * sum(size.values())
+
+
+def test_verify_finds_nothing_at_any_degree(made):
+    for tensor in (None, 1, 2, 4, 8):
+        result = verify(made.folder, against=made.source, tensor=tensor)
+        assert result["problems"] == [] and result["weights"] == len(made.tensors)
+        assert result["tensor"] == (tensor or 2)
+
+
+# --- and back
+
+
+def test_export_is_the_original(made, tmp_path):
+    """The same tensors in the same files; transformers loads them and says the same."""
+    export(made.folder, tmp_path / "hf")
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(
+        p.name for p in made.source.iterdir()
+    )
+    for file in made.source.glob("*.safetensors"):
+        theirs, ours = load_file(file), load_file(tmp_path / "hf" / file.name)
+        assert theirs.keys() == ours.keys()
+        assert all(same_bits(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "hf/config.json").read_bytes() == (made.source / "config.json").read_bytes()
+    ids = reference.prompt(20, 131)
+
+    def says(folder):
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return reference.logits(model.eval(), ids)
+
+    assert same_bits(says(tmp_path / "hf"), says(made.source))
+
+
+def test_generates_the_same(made, quiet):
+    """`LLM` opens either format."""
+    prompts = [reference.prompt(9, 131)]
+    params = tpjax.SamplingParams(temperature=0, max_tokens=8)
+    a, b = (
+        tpjax.LLM(path, 4, max_num_seqs=1, max_model_len=64, **quiet).generate(prompts, params)
+        for path in (made.source, made.folder)
+    )
+    assert a[0].outputs[0].token_ids == b[0].outputs[0].token_ids
+
+
+# --- how it is written
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def model(tiny_model):
+    """Two layers, odd vocabulary and biases."""
+    return tiny_model(num_hidden_layers=2, attention_bias=True, mlp_bias=True)[0]
+
+
+@pytest.mark.parametrize("gb", [8e-7, 2e-6, 1e-5])
+def test_in_slices(model, tmp_path, gb, monkeypatch):
+    """With buffers of one row of the widest weight, and of more: the same bytes."""
+    convert(model, tmp_path / "whole")
+    for module in ("workers", "plan"):
+        monkeypatch.setattr(f"checkpoints_tools.{module}.SCRATCH", 0)
+    monkeypatch.setattr(workers, "ARENA", int(gb * 1e9))
+    monkeypatch.setattr("checkpoints_tools.plan.ARENA", int(gb * 1e9))
+    result = convert(model, tmp_path / "slices", max_host_gb=gb * 1.01)
+    assert result["buffers_bytes"] <= gb * 1.01e9
+    assert contents(tmp_path / "whole") == contents(tmp_path / "slices")
+
+
+def test_is_the_same_every_time(model, tmp_path):
+    """No times, no order of threads, and the mesh only in the manifest."""
+    convert(model, tmp_path / "a")
+    convert(model, tmp_path / "b", max_host_gb=0.03)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    convert(model, tmp_path / "c", tensor=8)
+    a, c = contents(tmp_path / "a"), contents(tmp_path / "c")
+    assert {path for path in a if a[path] != c[path]} == {Path("tpjax_manifest.json")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_casts(model, tmp_path, dtype, quiet):
+    """As numpy rounds; the config says so, and verify compares the cast with the source."""
+    convert(model, tmp_path / "m", dtype=dtype)
+    stored = load_file(model / WEIGHTS)
+    table, restored = leaves(tmp_path / "m")
+    for spec, leaf in zip(table.specs, restored, strict=True):
+        assert same_bits(leaf, stored[_name(spec.path)].astype(DTYPES[dtype]))
+    about = json.loads((tmp_path / "m/config.json").read_text())
+    assert about["dtype"] == dtype and about["vocab_size"] == 131
+    result = verify(tmp_path / "m", against=model)
+    assert result["problems"] == []
+    export(tmp_path / "m", tmp_path / "hf")
+    exported = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    assert exported.dtype == getattr(torch, dtype)
+
+
+def _name(path):
+    from tpjax.models import find
+
+    return find("llama", "").source(path)
+
+
+def test_mixed_dtypes_are_kept(model, tmp_path):
+    """Norms in float32 in a bfloat16 model stay so on disk."""
+    copy = shutil.copytree(model, tmp_path / "hf")
+    tensors = load_file(model / WEIGHTS)
+    mixed = {n: x if "norm" in n else x.astype(ml_dtypes.bfloat16) for n, x in tensors.items()}
+    save_file(mixed, copy / WEIGHTS)
+    convert(copy, tmp_path / "m")
+    kinds = {w.source.name: w.dtype for w in Manifest.read(tmp_path / "m").weights}
+    assert kinds == {name: x.dtype.name for name, x in mixed.items()}
+    export(tmp_path / "m", tmp_path / "back")
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert all(same_bits(back[name], x) for name, x in mixed.items())
+
+
+def test_tied_copies_come_back(tiny_model, tmp_path):
+    """A file that holds the tied head too: compared, kept once, and exported again."""
+    folder, _ = tiny_model(num_hidden_layers=1, tie_word_embeddings=True)
+    copy = shutil.copytree(folder, tmp_path / "hf")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(tensors | frequencies, copy / WEIGHTS)
+    convert(copy, tmp_path / "m")
+    manifest = Manifest.read(tmp_path / "m")
+    assert [w.path for w in manifest.weights].count("head") == 0
+    assert manifest.left_out == tuple(frequencies)
+    export(tmp_path / "m", tmp_path / "back")
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(back[name], x) for name, x in tensors.items())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_legacy_files(model, tmp_path, dtype, sharded, mapped):
+    """torch's own files, of the form that can be mapped and of the older one, give what
+    safetensors give."""
+    (tmp_path / "hf").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "hf")
+    stored = {n: x.astype(DTYPES[dtype]) for n, x in load_file(model / WEIGHTS).items()}
+    state = {
+        n: torch.from_numpy(x.view(np.uint8)).view(getattr(torch, dtype)).reshape(x.shape)
+        for n, x in stored.items()
+    }
+    names = sorted(state)
+    parts = [names[:5], names[5:]] if sharded else [names]
+    files = [f"pytorch_model-{n}.bin" for n in (1, 2)] if sharded else [TORCH_SINGLE]
+    for file, part in zip(files, parts, strict=True):
+        where = tmp_path / "hf" / file
+        torch.save({n: state[n] for n in part}, where, _use_new_zipfile_serialization=mapped)
+    if sharded:
+        where = {n: f for f, part in zip(files, parts, strict=True) for n in part}
+        (tmp_path / "hf" / TORCH_INDEX).write_text(json.dumps({"weight_map": where}))
+    convert(tmp_path / "hf", tmp_path / "m")
+    table, restored = leaves(tmp_path / "m", dtype=dtype)
+    for spec, leaf in zip(table.specs, restored, strict=True):
+        assert same_bits(leaf, stored[_name(spec.path)])
+    assert verify(tmp_path / "m", against=tmp_path / "hf")["problems"] == []
+    export(tmp_path / "m", tmp_path / "back")
+    assert (tmp_path / "back" / INDEX).exists() == sharded
+    assert transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back") is not None
+
+
+# --- again
+
+
+def test_resumes_without_converting_again(model, tmp_path, monkeypatch):
+    """What the journal says is done is not read; the result is what an undisturbed run gives."""
+    convert(model, tmp_path / "whole")
+    count, limit = 0, 9
+    from checkpoints_tools.staging import Staging
+
+    record = Staging.record
+
+    def stop(self, about):
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise KeyboardInterrupt
+        record(self, about)
+
+    monkeypatch.setattr(Staging, "record", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "m")
+    monkeypatch.undo()
+    assert not (tmp_path / "m").exists() and partial_of(tmp_path / "m").exists()
+    result = convert(model, tmp_path / "m", resume=True)
+    done = limit - 1  # the first line says what the conversion is
+    assert result["converted_now"] == result["weights"] - done
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+    assert not partial_of(tmp_path / "m").exists()
+    assert convert(model, tmp_path / "m", resume=True)["already_complete"]
+
+
+def test_a_torn_journal_line_is_done_again(model, tmp_path, monkeypatch):
+    convert(model, tmp_path / "whole")
+    monkeypatch.setattr("checkpoints_tools.convert._finish", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "m")
+    monkeypatch.undo()
+    journal = partial_of(tmp_path / "m") / ".journal"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert convert(model, tmp_path / "m", resume=True)["converted_now"] == 1
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", ["manifest", "first rename", "second rename"])
+def test_interrupted_while_committing(model, tmp_path, after, monkeypatch):
+    """Between the last steps nothing is lost: the old checkpoint or the new one, whole."""
+    convert(model, tmp_path / "m")
+    old = contents(tmp_path / "m")
+    edit = shutil.copytree(model, tmp_path / "hf")
+    edit_json(edit / "config.json", rms_norm_eps=1e-6)
+    rename, renames = Path.rename, []
+
+    def stop(self, target):
+        renames.append(target)
+        if after == "manifest" or (after == "first rename" and len(renames) == 2):
+            raise KeyboardInterrupt
+        out = rename(self, target)
+        if after == "second rename" and len(renames) == 2:
+            raise KeyboardInterrupt
+        return out
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(edit, tmp_path / "m", overwrite=True)
+    monkeypatch.undo()
+    if after == "manifest":
+        assert contents(tmp_path / "m") == old
+    assert not convert(edit, tmp_path / "m", overwrite=True)["already_complete"]
+    convert(edit, tmp_path / "fresh")
+    assert contents(tmp_path / "m") == contents(tmp_path / "fresh")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "hf", "fresh"}
