@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.sources import stored_rows
-from checkpoints_tools.staging import JOURNAL, check_places, named, partial_of, stage
+from checkpoints_tools.staging import check_places, named, partial_of, stage
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
-from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
+from tpjax.checkpoint.manifest import JOURNAL, MANIFEST, WEIGHTS, Source, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.checkpoint.safetensors import INDEX, READABLE, SINGLE
 from tpjax.errors import CheckpointError, UsageError

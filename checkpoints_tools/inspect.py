@@ -7,7 +7,6 @@ from pathlib import Path
 
 from checkpoints_tools.plan import locate
 from checkpoints_tools.sources import hugging_face
-from checkpoints_tools.staging import JOURNAL
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
@@ -36,10 +35,7 @@ def inspect(path: str | Path) -> dict:
     """What ``path`` is, as an object; ``problems`` lists what does not match. Raises
     CheckpointError only where there is no checkpoint at all."""
     folder = locate(path)
-    if (folder / JOURNAL).exists():
-        raise CheckpointError(
-            f"{folder}: an unfinished conversion; tpjax-checkpoint convert --resume completes it"
-        )
+    folders.refuse_unfinished(folder)
     found = _Found({"path": str(path), "format": None}, [])
     source = _source(folder, found)
     tensors = source.tensors if source else {}

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tpjax.checkpoint.manifest import MANIFEST
+from tpjax.checkpoint.manifest import JOURNAL, MANIFEST
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError, listing
 
-LOCK, JOURNAL = ".lock", ".journal"
+LOCK = ".lock"
 
 
 class Staging:

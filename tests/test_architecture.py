@@ -39,6 +39,7 @@ MAY_NAME = {
     "getenv": ("env.py",),
     "device_get": ("engine/engine.py",),
 }
+TORCH = ("checkpoints_tools/sources.py", "checkpoints_tools/logits.py")  # legacy files, a peer
 LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp"}
 
 
@@ -72,7 +73,8 @@ def names(tree: ast.AST):
 def test_file(path):
     tree = ast.parse(path.read_text())
     imported = set(imports(tree))
-    assert not any(name.split(".")[0] == "torch" for name in imported), "torch is for tests"
+    if str(path.relative_to(ROOT)) not in TORCH:
+        assert not any(name.split(".")[0] == "torch" for name in imported), "torch is for tests"
     if path.is_relative_to(ROOT / "tpjax"):
         assert not any(name.startswith("checkpoints_tools") for name in imported)
         _check_layers(path, imported)
@@ -97,7 +99,9 @@ def _check_words(path: Path, words: set[str]) -> None:
 
 
 def test_no_jax_in_what_must_plan_without_devices():
-    for file in ("config.py", "errors.py", "params.py", "engine/request.py", "cli.py"):
+    files = ["config.py", "errors.py", "params.py", "engine/request.py", "cli.py"]
+    files += ["checkpoint/layout.py", "checkpoint/manifest.py", "../checkpoints_tools/cli.py"]
+    for file in files:
         imported = set(imports(ast.parse((ROOT / "tpjax" / file).read_text())))
         assert not any(name.split(".")[0] in ("jax", "flax") for name in imported), file
 

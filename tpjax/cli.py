@@ -88,6 +88,7 @@ def _add_generate(commands) -> None:
     add("--prompt", action="append", metavar="TEXT", help="repeatable")
     add("--prompts-file", metavar="FILE", help="one prompt per line; - is standard input")
     _add_mesh(parser)
+    add("--verify", choices=("fast", "full"), help="how to check a tpjax checkpoint; default: fast")
     add("--max-model-len", type=int, metavar="N", help="prompt plus generated tokens")
     add("--max-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     model_default = "default: the model's generation config"

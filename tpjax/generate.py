@@ -35,6 +35,7 @@ def generate(args: argparse.Namespace) -> int:
         tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
         dtype=args.dtype,
+        verify=args.verify,
         max_model_len=args.max_model_len,
         max_num_seqs=1 if args.stream else min(len(prompts), 64),
         progress=report.loading,

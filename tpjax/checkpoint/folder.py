@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tpjax.checkpoint.manifest import JOURNAL
 from tpjax.checkpoint.safetensors import one_line, read_json
 from tpjax.config import DTYPES, ModelConfig, check_dtype
 from tpjax.errors import CheckpointError, UsageError
@@ -62,8 +63,17 @@ def locate(model: str | Path, weights: str = "*.safetensors") -> Path:
         ) from error
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Raise CheckpointError for what a conversion has left in the middle of its work."""
+    if (path / JOURNAL).exists():
+        raise CheckpointError(
+            f"{path}: an unfinished conversion; tpjax-checkpoint convert --resume completes it"
+        )
+
+
 def read_folder(path: Path) -> ModelFolder:
     """Config and generation config of a local folder, checked."""
+    refuse_unfinished(path)
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no config.json; give a Hugging Face model folder")

@@ -21,6 +21,7 @@ from tpjax.errors import CheckpointError
 
 MANIFEST = "tpjax_manifest.json"
 WEIGHTS = "weights"
+JOURNAL = ".journal"  # in a folder that a conversion has not finished
 FORMAT, VERSION = "tpjax checkpoint", 1
 _CHUNK_DIGEST = 16  # hexadecimal digits
 _SEALED = re.compile(rb'(.*),\n "digest": "([0-9a-f]{32})"\n}\n', re.DOTALL)

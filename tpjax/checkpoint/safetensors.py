@@ -58,8 +58,10 @@ class SafetensorsFolder:
             names = ("*.safetensors", "*.bin", "*.pth", "*.gguf")
             found = sorted(p.name for name in names for p in folder.glob(name))
             also = f"; found {listing(found, 3)}" if found else ""
+            legacy = any(name.endswith(".bin") for name in found)
+            fix = "; tpjax-checkpoint convert reads those" if legacy else ""
             raise CheckpointError(
-                f"{folder}: neither {SINGLE} nor {INDEX}{also}; save the model as safetensors"
+                f"{folder}: neither {SINGLE} nor {INDEX}{also}; save the model as safetensors{fix}"
             )
 
     def _read_index(self, index: Path) -> None:
