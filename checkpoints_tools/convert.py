@@ -18,7 +18,7 @@ import xxhash
 from checkpoints_tools import orbax_files
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
-from checkpoints_tools.sources import stored_rows
+from checkpoints_tools.sources import Headers, stored_rows
 from checkpoints_tools.staging import Staging, check_places, named, partial_of, stage
 from checkpoints_tools.workers import Budget, Workers, divide
 from tpjax import __version__
@@ -70,7 +70,7 @@ def convert(
         raise UsageError("--resume goes on and --overwrite starts again: give one of them")
     dst = Path(os.path.abspath(dst))
     conversion = plan(src, dtype=dtype, data=data, tensor=tensor, rep=rep)
-    if conversion.source is None:
+    if isinstance(conversion.source, Headers):
         raise UsageError(f"{src}: a config without weights can only be planned: add --dry-run")
     budget = conversion.budget(int(max_host_gb * 1e9))
     check_places(conversion.folder.path, dst)
@@ -138,7 +138,6 @@ def _check_space(dst: Path, needed: int) -> None:
 
 def _about(conversion: Conversion, dtype: str | None) -> dict:
     """What a resumed run must have in common with the one before."""
-    assert conversion.source is not None
     files = {}
     for path in [conversion.folder.path / "config.json", *conversion.source.files]:
         stat = path.stat()
@@ -187,7 +186,6 @@ class _Job:
     def _write(self, item: Item, arena: np.ndarray) -> Weight:
         """Source to file, rows by rows; every byte is on disk when this returns."""
         layout, source = item.layout, self.conversion.source
-        assert source is not None
         folder = self.staging.path / WEIGHTS / item.spec.path
         path = folder / layout.file
         with named(path):
@@ -280,7 +278,6 @@ def _put(fd: int, layout, first: int, count: int, cut: np.ndarray) -> None:
 def _copies(conversion: Conversion, records: dict[str, Weight], budget: Budget) -> dict:
     """The tied copies of the source, which must be equal to what they copy."""
     source = conversion.source
-    assert source is not None
     found = {}
     for path, info in conversion.copies.items():
         name, item = (

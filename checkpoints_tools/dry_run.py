@@ -12,7 +12,7 @@ def dry_run(
     src: str | Path, dtype: str | None, mesh: dict[str, int], max_host_bytes: int
 ) -> tuple[dict, str]:
     """The plan as an object and as text. Of a lone config.json, names are what they would be."""
-    conversion = plan(src, dtype=dtype, **mesh)
+    conversion = plan(src, dtype=dtype, headers_only=True, **mesh)
     budget = conversion.budget(max_host_bytes)
     shape = dict(conversion.table.plan.mesh.shape)
     result = {

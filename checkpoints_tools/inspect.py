@@ -1,12 +1,12 @@
 """Inspect: what a checkpoint is and whether it fits together, without reading a weight."""
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_tools.plan import locate
-from checkpoints_tools.sources import hugging_face
+from checkpoints_tools.sources import hub_headers, hugging_face
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
@@ -34,10 +34,11 @@ class _Found:
 def inspect(path: str | Path) -> dict:
     """What ``path`` is, as an object; ``problems`` lists what does not match. Raises
     CheckpointError only where there is no checkpoint at all."""
-    folder = locate(path)
+    local = os.path.isdir(path)
+    folder = folders.locate(path, weights=None)
     folders.refuse_unfinished(folder)
     found = _Found({"path": str(path), "format": None}, [])
-    source = _source(folder, found)
+    source = _source(folder, found, None if local else str(path))
     tensors = source.tensors if source else {}
     found.about |= {
         "tensors": len(tensors),
@@ -55,10 +56,12 @@ def inspect(path: str | Path) -> dict:
     return found.about
 
 
-def _source(folder: Path, found: _Found):
+def _source(folder: Path, found: _Found, hub: str | None):
     try:
         if not is_checkpoint(folder):
             found.about["format"] = "Hugging Face"
+            if hub is not None:
+                return hub_headers(hub, folder)
             return hugging_face(folder)
         found.about["format"] = "tpjax"
         source = OrbaxFolder(folder, verify=None)

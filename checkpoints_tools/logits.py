@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.plan import locate
+from checkpoints_tools.plan import open_source
 from tpjax.engine.llm import LLM
 from tpjax.errors import CheckpointError, UsageError
 
@@ -27,7 +27,7 @@ def compare(dst: str | Path, src: str | Path, prompts: str | Path, tensor: int) 
     lines = _lines(prompts)
     llm = LLM(dst, tensor, dtype="float32", max_num_seqs=1, say=lambda line: None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        str(locate(src)), dtype=torch.float32, trust_remote_code=False
+        str(open_source(src)[0]), dtype=torch.float32, trust_remote_code=False
     ).eval()
     stages = ["embedding", *(f"layer {n}" for n in range(llm.config.layers)), "norm", "logits"]
     worst = np.zeros(len(stages))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from checkpoints_tools.sources import RowSource, hugging_face
+from checkpoints_tools.sources import Headers, RowSource, hub_headers, hugging_face
 from checkpoints_tools.workers import ARENA, SCRATCH, Budget
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
@@ -62,7 +62,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole model. ``source`` is None for a lone config.json, which can be planned, not run."""
+    """A whole model. Where ``source`` is `Headers`, it can be planned, not run."""
 
     title: str  # the hub id, or the folder's name
     folder: ModelFolder
@@ -71,7 +71,7 @@ class Conversion:
     copies: dict[str, TensorInfo]  # tied copies: our path -> the copy's tensor
     copy_names: dict[str, str]
     left_out: tuple[str, ...]
-    source: RowSource | None
+    source: RowSource
 
     @property
     def source_bytes(self) -> int:
@@ -101,39 +101,36 @@ class Conversion:
 
 
 def plan(
-    src: str | Path, *, dtype: str | None = None, data: int = 1, tensor: int = 1, rep: int = 1
+    src: str | Path,
+    *,
+    dtype: str | None = None,
+    data: int = 1,
+    tensor: int = 1,
+    rep: int = 1,
+    headers_only: bool = False,
 ) -> Conversion:
     """Plan the conversion of a Hugging Face folder, a hub id or (nothing but plan) a config.json.
 
     ``dtype``: cast all weights to it; None keeps each as it is. The mesh decides nothing that is
-    written; it is what the plan tells bytes per device of. Nothing but headers is read. Raises
-    CheckpointError if config and weights disagree, UsageError if the model refuses the mesh.
+    written; it is what the plan tells bytes per device of. Nothing but headers is read, and with
+    ``headers_only`` nothing more of a hub id is downloaded. Raises CheckpointError if config and
+    weights disagree, UsageError if the model refuses the mesh.
     """
+    source: RowSource | None
     if str(src).endswith(".json") and os.path.isfile(src):
         folder, source = folders.config_only(Path(src)), None
     else:
-        path = locate(src)
-        if (path / MANIFEST).is_file():
-            raise UsageError(f"{src}: is a tpjax checkpoint already; `export` turns it back")
+        path, source = open_source(src, headers_only)
         folder = folders.read_folder(path)
-        source = hugging_face(path)
     plan = Plan(mesh=make_mesh(data, tensor, rep)).fit(folder.config)
     table = WeightTable(folder.config, plan)
     family = folder.family
     if source is None:
-        if folder.stored_dtype not in NUMPY:
-            raise CheckpointError(
-                f"{src}: dtype {folder.stored_dtype!r}; readable are {', '.join(NUMPY)}"
-            )
-        word = next(w for w, ours in READABLE.items() if ours == folder.stored_dtype)
-        none = Path("none")
-        tensors = {family.source(s.path): TensorInfo(none, s.stored, word) for s in table.specs}
-        copies = {}
-    else:
-        load.check(table, family, source)
-        tensors = source.tensors
-        copy = load.tied_copy(table, family, source)
-        copies = {} if copy is None else {"embed.w": copy}
+        source = _as_configured(folder, table)
+    load.check(table, family, source)
+    tensors = source.tensors
+    copy = load.tied_copy(table, family, source)
+    copies = {} if copy is None else {"embed.w": copy}
     items = []
     for spec in table.specs:
         name = family.source(spec.path)
@@ -153,9 +150,27 @@ def plan(
     )
 
 
-def locate(src: str | Path) -> Path:
-    """A local folder; of a hub id's files the safetensors, or legacy files where there are none."""
+def _as_configured(folder: ModelFolder, table: WeightTable) -> Headers:
+    """What a model of this config would hold, in the dtype it names."""
+    word = next((w for w, ours in READABLE.items() if ours == folder.stored_dtype), None)
+    if word is None:
+        raise CheckpointError(
+            f"{folder.path}: dtype {folder.stored_dtype!r}; readable are {', '.join(NUMPY)}"
+        )
+    names = ((folder.family.source(spec.path), spec.stored) for spec in table.specs)
+    tensors = {name: TensorInfo(folder.path, shape, word) for name, shape in names}
+    return Headers(folder.path, tensors)
+
+
+def open_source(src: str | Path, headers_only: bool = False) -> tuple[Path, RowSource]:
+    """A local folder and the tensors in it. Of a hub id's files the safetensors are downloaded, or
+    legacy files where there are none; with ``headers_only`` neither."""
+    if headers_only and not os.path.isdir(src):
+        path = folders.locate(src, weights=None)
+        return path, hub_headers(str(src), path)
     path = folders.locate(src)
+    if (path / MANIFEST).is_file():
+        raise UsageError(f"{src}: is a tpjax checkpoint already; `export` turns it back")
     if not os.path.isdir(src) and not any(path.glob("*.safetensors")):
         path = folders.locate(src, weights="pytorch_model*.bin")
-    return path
+    return path, hugging_face(path)

@@ -56,6 +56,46 @@ def hugging_face(folder: Path) -> RowSource:
     return SafetensorsRows(folder)  # which says what is missing
 
 
+class Headers:
+    """Tensors that are known, but not here."""
+
+    finite = False
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]):
+        self.folder, self.tensors = folder, tensors
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    def name(self, family: Family, path: str) -> str:
+        return family.source(path)
+
+    def rows(self, name: str) -> contextlib.AbstractContextManager[ReadRows]:
+        raise UsageError(f"{self.folder}: there are no weights here; this can only be planned")
+
+
+def hub_headers(name: str, folder: Path) -> Headers:
+    """The tensors of a hub id, from the headers of its safetensors files."""
+    import huggingface_hub
+
+    try:
+        about = huggingface_hub.get_safetensors_metadata(name)
+    except Exception as error:  # whatever the hub client raises, the user needs one line
+        raise CheckpointError(
+            f"{name}: the hub gives no safetensors headers ({one_line(error)}); check the network"
+            " and HF_TOKEN, or download the folder and give that"
+        ) from error
+    return Headers(
+        folder,
+        {
+            tensor: TensorInfo(folder / file, tuple(info.shape), info.dtype)
+            for file, of in about.files_metadata.items()
+            for tensor, info in of.tensors.items()
+        },
+    )
+
+
 class SafetensorsRows(SafetensorsFolder):
     """Rows by their offset in the file: no mapped page whose loss would end the process."""
 

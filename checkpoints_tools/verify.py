@@ -14,6 +14,7 @@ import xxhash
 from checkpoints_tools.convert import keep
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
+from checkpoints_tools.sources import Headers
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
@@ -58,7 +59,7 @@ def verify(
     conversion = None
     if against is not None:
         conversion = plan(against)
-        if conversion.source is None:
+        if isinstance(conversion.source, Headers):
             raise UsageError(f"{against}: a config.json has no weights to compare with")
     problems = list(source.check())
     result["files"] = len(source.manifest.files)
@@ -175,7 +176,6 @@ def _differences(
         step, (raw, cast) = divide(
             arena, item.layout.rows, item.source_row_bytes, elements * dtype.itemsize
         )
-        assert conversion.source is not None
         with conversion.source.rows(item.name) as read:
             for first in range(0, item.layout.rows, step):
                 workers.go_on()

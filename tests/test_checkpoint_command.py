@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_tools.bench import corruption, kills, memory
@@ -18,6 +21,7 @@ from tests.bad import WEIGHTS, edit_json
 from tests.test_convert import contents
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint.manifest import Manifest
+from tpjax.checkpoint.safetensors import SafetensorsFolder
 
 BIG = Path(__file__).parent / "data/llama-3.1-405b-instruct.json"
 VERBS = ("convert", "inspect", "verify", "export")
@@ -264,3 +268,56 @@ def test_killed_and_resumed(tmp_path):
     subprocess.run([*make, "--small", "--layers", "24"], check=True, capture_output=True)
     result = kills.kills(tmp_path / "source", tmp_path, 4, random.randrange(1 << 30), quiet=True)
     assert result["identical"] == 4 and result["before_the_end"] > 0
+
+
+# --- a model on the hub
+
+
+def test_a_hub_id_is_planned_from_headers(monkeypatch, tmp_path, capsys):
+    """Neither a dry run nor inspect downloads a weight; the plan is that of the folder."""
+    asked, folder = [], shutil.copytree(folders.bundled(), tmp_path / "hub")
+    (folder / WEIGHTS).unlink()
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    source = SafetensorsFolder(folders.bundled())
+    tensors = {
+        name: SimpleNamespace(dtype=t.dtype, shape=list(t.shape))
+        for name, t in source.tensors.items()
+    }
+    about = SimpleNamespace(files_metadata={WEIGHTS: SimpleNamespace(tensors=tensors)})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name: about)
+    hub = told(capsys, "convert", "org/name", "--dry-run")
+    here = told(capsys, "convert", folders.bundled(), "--dry-run")
+    assert hub.pop("source") == "org/name" and here.pop("source")
+    assert hub == here
+    assert told(capsys, "inspect", "org/name")["parameters"] == 4_213_504
+    assert asked and not any("safetensors" in pattern or "bin" in pattern for pattern in asked)
+
+
+def test_a_hub_without_safetensors(monkeypatch, tmp_path, capsys):
+    """Converting then takes the legacy files; planning says why it cannot."""
+    asked, folder = [], shutil.copytree(folders.bundled(), tmp_path / "hub")
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        if "pytorch_model*.bin" in allow_patterns:
+            state = {n: torch.from_numpy(x.astype(np.float32)) for n, x in tensors.items()}
+            torch.save(state, folder / "pytorch_model.bin")
+        return str(folder)
+
+    def none(name):
+        raise RuntimeError("not a safetensors repo")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", none)
+    assert main(["convert", "org/name", "--dry-run"]) == 3
+    assert "no safetensors headers (not a safetensors repo)" in capsys.readouterr().err
+    assert told(capsys, "convert", "org/name", tmp_path / "m")["weights"] == 47
+    assert len(asked) == 3
+    assert Manifest.read(tmp_path / "m").source == "org/name"

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,19 +105,20 @@ class Watch:
         """One case: ``read(folder)`` works, or is refused in one line."""
         self.outside.clear()
         self.beyond.clear()
-        start = time.monotonic()
+        end = "read"
         with self.patched():
             try:
                 read(self.folder)
             except CheckpointError as error:
-                end, lines = "refused", [str(error)]
-            else:
-                end, lines = "read", []
-        assert time.monotonic() - start < SECONDS
-        assert all(one_line(line) for line in lines), lines
+                end = "refused"
+                assert one_line(str(error)), error
         assert not self.outside
         assert end == "refused" or not self.beyond
         self.ends[end] += 1
+
+    def both(self) -> bool:
+        """Whether a good part of the cases ended in either way: else they show nothing."""
+        return min(self.ends["read"], self.ends["refused"]) > 15
 
 
 def one_line(text: str) -> bool:
@@ -164,19 +164,10 @@ def read_checkpoint(folder):
 
 # --- damage
 
-NAMES = [
-    "",
-    ".",
-    "..",
-    "../secret.safetensors",
-    "/etc/passwd",
-    "a\0b",
-    "x" * 5000,
-    "\ud800",
-    "a\nb",
-]
-NAMES += ["sub", "fifo", "link", "loop", "dead", "sub/inner.safetensors", "sub/../a.safetensors"]
-NAMES += ["a.safetensors", "./a.safetensors", "b.safetensors", "config.json", "gone.safetensors"]
+NAMES = ["", ".", "..", "../secret.safetensors", "/etc/passwd", "x" * 5000, "a\0b", "\ud800"]
+NAMES += ["a\nb", "a\x1b[2J", "sub", "fifo", "link", "loop", "dead", "sub/inner.safetensors"]
+NAMES += ["a.safetensors", "./a.safetensors", "b.safetensors", "sub/../a.safetensors"]
+NAMES += ["config.json", "gone.safetensors", "weights"]
 NUMBERS = [-1, 0, 1, 2, 3, 64, 1.0, 0.5, 1e400, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30]
 WORDS = ["F32", "F64", "I8", "BF16", "F4", "float32", "int8", "@nested", "@digits", "@latin"]
 junk = st.one_of(
@@ -229,9 +220,8 @@ def damaged(draw, raw, head):
     """Bytes flipped, inserted, removed or cut off, mostly in the first ``head``."""
     data = bytearray(raw)
     for _ in range(draw(st.integers(1, 2))):
-        at = draw(
-            st.one_of(*(st.integers(*ends) for ends in ((0, 8), (0, head), (head, len(raw)))))
-        )
+        first, last = draw(st.sampled_from([(0, 8), (0, head), (head, len(raw))]))
+        at = draw(st.integers(first, last))
         new = draw(st.binary(max_size=4) | st.sampled_from([b"9", b"0", b"-", b"e9", b'"', b"["]))
         old = draw(st.sampled_from([len(new)] * 4 + [0, 1, 4]))
         data[at : at + old] = new
@@ -265,7 +255,7 @@ def test_a_file_with_bytes_changed(watch):
         (watch.folder / WEIGHTS).write_bytes(raw)
         watch.holds(read_rows)
 
-    assert min(watch.ends["read"], watch.ends["refused"]) > 20
+    assert watch.both()
 
 
 def test_a_file_with_any_length_of_header(watch):
@@ -287,7 +277,7 @@ def test_a_file_with_a_spoiled_header(watch):
         (watch.folder / WEIGHTS).write_bytes(with_header(text(header)))
         watch.holds(read_rows)
 
-    assert watch.ends["refused"] > 20
+    assert watch.both()
 
 
 def test_a_file_with_a_header_made_up(watch):
@@ -312,7 +302,7 @@ def test_a_file_with_a_header_made_up(watch):
         (watch.folder / WEIGHTS).write_bytes(with_header(header)[: 8 + len(header)] + bytes(size))
         watch.holds(read_rows)
 
-    assert min(watch.ends["read"], watch.ends["refused"]) > 20
+    assert watch.both()
 
 
 # --- the index
@@ -345,7 +335,7 @@ def test_an_index_of_any_content(watch):
         (folder / INDEX).write_bytes(raw)
         watch.holds(read_rows)
 
-    assert min(watch.ends["read"], watch.ends["refused"]) > 20
+    assert watch.both()
 
 
 # --- the manifest
@@ -395,7 +385,7 @@ def test_a_manifest_with_any_content_and_the_right_digest(made):
         (watch.folder / MANIFEST).write_bytes(sealed(text(about)))
         watch.holds(read_checkpoint)
 
-    assert min(watch.ends["read"], watch.ends["refused"]) > 20
+    assert watch.both()
 
 
 @st.composite
@@ -415,20 +405,21 @@ def geometries(draw, weight):
 
 
 def test_a_manifest_of_weights_and_files_that_cannot_be(made):
+    """Among them weights and files that are there, but outside the folder."""
     watch, about = made
     shutil.copytree(watch.folder / "weights" / "norm.w", watch.folder.parent / "norm.w")
-    last = about["weights"][-1]
-    weights = st.one_of(
-        *(spoiled(weight) | geometries(weight) for weight in about["weights"]),
-        st.sampled_from(["../../norm.w", "a/../../../norm.w", *NAMES]).map(
-            lambda path: last | {"path": path}
-        ),
+    one, other = about["weights"]
+    paths = st.sampled_from(["../../norm.w", "a/../../../norm.w", *NAMES])
+    weight = st.one_of(
+        spoiled(one),
+        geometries(one),
+        geometries(other),
+        paths.map(lambda path: other | {"path": path}),
     )
-    files = st.dictionaries(
-        st.sampled_from(NAMES), st.just(about["files"]["config.json"]), min_size=1, max_size=2
-    )
-    changes = weights.map(lambda weight: {"weights": [weight]}) | files.map(
-        lambda files: {"files": files}
+    info = st.just(about["files"]["config.json"])
+    files = st.dictionaries(st.sampled_from(NAMES), info, min_size=1, max_size=2)
+    changes = st.one_of(
+        weight.map(lambda made: {"weights": [made]}), files.map(lambda made: {"files": made})
     )
 
     @cases(500, changes)
@@ -436,20 +427,17 @@ def test_a_manifest_of_weights_and_files_that_cannot_be(made):
         (watch.folder / MANIFEST).write_bytes(sealed(text(about | changes)))
         watch.holds(read_checkpoint)
 
-    assert min(watch.ends["read"], watch.ends["refused"]) > 20
+    assert watch.both()
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, INDEX, "config.json", "data"])
-def test_a_pipe_in_the_place_of_a_file(made, tiny_model, file):
+@pytest.mark.parametrize("file", [WEIGHTS, INDEX, "shard", "config.json", "data"])
+def test_a_pipe_in_the_place_of_a_file(made, file):
     """Opening one waits for a writer, for ever."""
     watch, _ = made
-    read = read_checkpoint
-    if file in (WEIGHTS, INDEX):
-        source, _ = tiny_model(num_hidden_layers=1)
-        shutil.copytree(source, watch.folder, dirs_exist_ok=True)
-        read = read_rows
-    path = watch.folder / ("weights/norm.w/c/0" if file == "data" else file)
+    path = watch.folder / {"shard": "fifo", "data": "weights/norm.w/c/0"}.get(file, file)
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    watch.holds(read)
-    assert watch.ends["refused"] or file == INDEX
+    if file == "shard":
+        (watch.folder / INDEX).write_bytes(text({"weight_map": {"a": "fifo"}}))
+    watch.holds(read_checkpoint if file in ("config.json", "data") else read_rows)
+    assert watch.ends["refused"]

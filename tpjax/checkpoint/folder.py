@@ -33,10 +33,10 @@ def bundled() -> Path:
     return Path(str(importlib.resources.files("tpjax") / "bundled" / BUNDLED))
 
 
-def locate(model: str | Path, weights: str = "*.safetensors") -> Path:
+def locate(model: str | Path, weights: str | None = "*.safetensors") -> Path:
     """A local folder for a path or a hub id (``org/name``, downloaded once, with the weights of
-    that pattern; HF_HOME and HF_TOKEN are honoured). Raises CheckpointError saying which of the
-    two failed."""
+    that pattern if any; HF_HOME and HF_TOKEN are honoured). Raises CheckpointError saying which of
+    the two failed."""
     if not isinstance(model, str | os.PathLike):
         raise UsageError(f"model={model!r}: give a folder or a hub id of the form org/name")
     name = os.fspath(model)
@@ -53,7 +53,9 @@ def locate(model: str | Path, weights: str = "*.safetensors") -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=[*_WANTED, weights], ignore_patterns=_UNWANTED
+                name,
+                allow_patterns=[*_WANTED, *([weights] if weights else [])],
+                ignore_patterns=_UNWANTED,
             )
         )
     except Exception as error:  # whatever the hub client raises, the user needs one line
