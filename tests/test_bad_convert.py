@@ -577,30 +577,40 @@ def test_a_manifest_edited_by_hand(made, tmp_path, capsys):
     assert "1 problem(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("to", ["../out", "TMP/out", "a\0b", "", 5, "config.json", MANIFEST])
-def test_an_export_that_would_write_outside(made, tmp_path, copies, to):
-    """A manifest may come from anywhere, and its digest is no signature: the names of the files to
-    write are looked at. Nor does one file take the place of another."""
-    to = str(tmp_path / "out") if to == "TMP/out" else to
+@pytest.mark.parametrize("where", ["source", "copy"])
+@pytest.mark.parametrize("to", ["../out", "/out", "a\0b", 5])
+def test_an_export_that_would_write_elsewhere(made, tmp_path, where, to):
+    """A manifest may come from anywhere, and its digest is no signature."""
+    to = f"{tmp_path}/out" if to == "/out" else to
 
     def change(about):
         first = about["weights"][0]
-        if copies:
-            about["copies"] = {first["path"]: first["source"] | {"file": to}}
-        else:
-            first["source"]["file"] = to
+        moved = first["source"] | {"file": to}
+        about.update({"copies": {first["path"]: moved}} if where == "copy" else {})
+        first["source"] = first["source"] if where == "copy" else moved
 
     edit_manifest(made, change)
-    if str(to).endswith(".json"):
-        result = export(made, tmp_path / "exported")
-        assert (tmp_path / "exported" / "config.json").read_bytes() == (made / "config.json").read_bytes()
-        return
     with refused_whole(tmp_path, CheckpointError, made):
         export(made, tmp_path / "exported")
 
 
-@pytest.mark.parametrize("verify, said", [("full", "needs a tpjax checkpoint"), ("nonsense", "full")])
+def test_names_that_would_write_lines_of_their_own(folder, capsys):
+    """Whatever a tensor is called, it stays on its line; and it can be printed."""
+    (folder / WEIGHTS).rename(folder / A)
+    tensors = load_file(folder / A) | {"a\nproblem: \x1b[2Jb": np.ones(1, np.float32)}
+    save_file(tensors, folder / A)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / A), A)}))
+    assert main(["inspect", str(folder), "--weights"]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and len(re.findall("^problem:", out, re.M)) == 1
+    point(folder, A, "\ud800")
+    assert main(["inspect", str(folder)]) == 1
+    assert "1 tensor(s) are not in the file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verify, said", [("full", "needs a tpjax checkpoint"), ("nonsense", "full")]
+)
 def test_ways_to_verify(folder, made, verify, said):
     with refused(UsageError, f"verify={verify!r}", said):
         tpjax.LLM(folder, verify=verify)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+import checkpoints_tools.convert as converting
 import tpjax
 from checkpoints_tools import workers
 from checkpoints_tools.convert import convert
@@ -22,11 +23,12 @@ from checkpoints_tools.sources import TORCH_INDEX, TORCH_SINGLE
 from checkpoints_tools.staging import partial_of
 from checkpoints_tools.verify import verify
 from tests import reference
-from tests.bad import INDEX, WEIGHTS, edit_json
+from tests.bad import INDEX, WEIGHTS, edit_json, refused
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.checkpoint.manifest import Manifest
 from tpjax.checkpoint.orbax import OrbaxFolder
+from tpjax.errors import RunError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
@@ -274,6 +276,24 @@ def _name(path):
     from tpjax.models import find
 
     return find("llama", "").source(path)
+
+
+@pytest.mark.parametrize("nth", [0, 7, 30])
+def test_what_was_not_written_is_noticed(model, tmp_path, nth, monkeypatch):
+    """A run of bytes that does not reach the disk, of a weight cut either way."""
+    put, calls = converting._put, []
+
+    def lose(fd, layout, first, count, cut):
+        calls.append(layout)
+        put(fd, layout, first, count, cut if len(calls) != nth + 1 else np.zeros_like(cut))
+
+    monkeypatch.setattr(converting, "_put", lose)
+    with refused(RunError, "was not read back as it was written", "check the disk", "--resume"):
+        convert(model, tmp_path / "m")
+    monkeypatch.undo()
+    assert not (tmp_path / "m").exists()
+    convert(model, tmp_path / "m", resume=True)
+    assert verify(tmp_path / "m", against=model)["problems"] == []
 
 
 def test_mixed_dtypes_are_kept(model, tmp_path):

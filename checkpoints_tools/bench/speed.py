@@ -81,18 +81,86 @@ def read(folder: Path, threads: int) -> list[np.ndarray]:
     return held
 
 
-def restore(folder: Path, tensor: int, verify=None):
-    """Every weight on its devices, in the stored dtype."""
+def tables(folder: Path, tensor: int):
+    """The weights' table in the stored dtype, and their family."""
     from tpjax.checkpoint import folder as folders
-    from tpjax.checkpoint import load
     from tpjax.parallel.mesh import make_mesh
     from tpjax.plan import Plan
     from tpjax.weights import WeightTable
 
     model = folders.read_folder(folder)
     config = folders.with_dtype(model.config, model.stored_dtype)
-    table = WeightTable(config, Plan(mesh=make_mesh(tensor=tensor)).fit(config))
-    return load.load(table, model.family, load.open_source(folder, verify))
+    return WeightTable(config, Plan(mesh=make_mesh(tensor=tensor)).fit(config)), model.family
+
+
+def restore(folder: Path, tensor: int, verify=None):
+    """Every weight on its devices, in the stored dtype."""
+    from tpjax.checkpoint import load
+
+    table, family = tables(folder, tensor)
+    return load.load(table, family, load.open_source(folder, verify))
+
+
+def orbax_restore(folder: Path, tensor: int):
+    """The same files by Orbax's own checkpointer, onto the same devices."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    table = tables(folder, tensor)[0]
+    target: dict = {}
+    for spec in table.specs:
+        *above, last = spec.path.split(".")
+        at = target
+        for key in above:
+            at = at.setdefault(key, {})
+        at[last] = jax.ShapeDtypeStruct(spec.stored, spec.dtype, sharding=spec.sharding)
+    return jax.block_until_ready(ocp.StandardCheckpointer().restore(folder / "weights", target))
+
+
+def tensorstore_write(src: Path, dst: Path) -> None:
+    """The same arrays written by TensorStore, four slabs of rows at a time, each a shard; without
+    digests, without looking at the values, without a sync."""
+    import tensorstore
+
+    from checkpoints_tools.plan import plan
+    from tpjax.checkpoint.layout import NUMPY
+
+    conversion = plan(src)
+    context = tensorstore.Context({"file_io_sync": False})
+    pending: list = []
+    for item in conversion.items:
+        layout = item.layout
+        about = json.loads(layout.zarr_json)
+        rows = max(layout.chunk_shape[0], (8 << 20) // layout.row_bytes)
+        rows = min(layout.rows, rows // layout.chunk_shape[0] * layout.chunk_shape[0])
+        if layout.axis == 1:
+            rows = min(layout.rows, max(1, (8 << 20) // layout.row_bytes))
+        sharding = about["codecs"][0]["configuration"]
+        sharding["chunk_shape"][0] = min(sharding["chunk_shape"][0], rows)
+        about["chunk_grid"]["configuration"]["chunk_shape"][0] = rows
+        kept = ("shape", "data_type", "fill_value", "chunk_grid", "codecs")
+        store = tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{dst / item.spec.path}/"},
+                "metadata": {word: about[word] for word in kept},
+                "create": True,
+            },
+            context=context,
+        ).result()
+        with conversion.source.rows(item.name) as read:
+            for first in range(0, layout.rows, rows):
+                slab = np.empty((min(rows, layout.rows - first), layout.row_bytes), np.uint8)
+                read(first, slab)
+                values = slab.view(NUMPY[layout.dtype]).reshape(-1, *layout.shape[1:])
+                end = first + len(slab)
+                pending.append(
+                    store[first:end].write(values, can_reference_source_data_indefinitely=True)
+                )
+                if len(pending) == 4:
+                    pending.pop(0).result()
+    for write in pending:
+        write.result()
 
 
 def rotated(ways: dict, number: int) -> list:
@@ -107,6 +175,7 @@ def writing(src: Path, work: Path, rounds: int, gb: float) -> dict[str, list[flo
         "cp": lambda dst: copy(src, dst),
         "cp and sync": lambda dst: copy_and_sync(src, dst),
         "convert": lambda dst: convert(src, dst, gb),
+        "TensorStore": lambda dst: tensorstore_write(src, dst),
     }
     own = "convert, without its start"
     out: dict[str, list[float]] = {name: [] for name in (*ways, own)}
@@ -136,6 +205,7 @@ def reading(src: Path, work: Path, rounds: int, gb: float) -> dict[str, list[flo
         ways[f"restore safetensors, tensor={tensor}"] = lambda n=tensor: restore(src, n)
         ways[f"restore, tensor={tensor}"] = lambda n=tensor: restore(done, n)
         ways[f"restore verify=full, tensor={tensor}"] = lambda n=tensor: restore(done, n, "full")
+        ways[f"Orbax's restore, tensor={tensor}"] = lambda n=tensor: orbax_restore(done, n)
     out: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in rotated(ways, number):
@@ -160,7 +230,7 @@ def table(title: str, results: dict[str, list[float]], base: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--layers", type=int, default=3, help="0.44 GB each, and 2.1 GB")
+    parser.add_argument("--layers", type=int, default=2, help="0.44 GB each, and 2.1 GB")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-host-gb", type=float, default=0.25)
     parser.add_argument("--json", action="store_true")
