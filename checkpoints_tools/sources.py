@@ -29,6 +29,7 @@ from tpjax.errors import CheckpointError, UsageError, listing
 from tpjax.models import Family
 
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_LARGEST_UNMAPPED = 1 << 30  # bytes; what is not mapped is in memory until the end
 _TORCH_WORDS = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 # read(first, rows): fill ``rows``, uint8 [n, row_bytes], with rows first to first + n.
@@ -153,9 +154,14 @@ class TorchRows:
         return self.tensors[name].file if name in self.tensors else None
 
     def _read(self, path: Path) -> None:
-        torch = _torch(path)
+        torch, size = _torch(path), path.stat().st_size
+        mapped = zipfile.is_zipfile(path)
+        if not mapped and size > _LARGEST_UNMAPPED:
+            raise CheckpointError(
+                f"{path}: {size / 1e9:.1f} GB in the form torch had before 1.6, which can only be"
+                " loaded whole; load it with torch and save it again"
+            )
         try:
-            mapped = zipfile.is_zipfile(path)  # the older form cannot be mapped
             state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(

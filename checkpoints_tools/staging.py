@@ -172,6 +172,9 @@ def _locked(dst: Path) -> int:
             ) from error
         except FileNotFoundError:  # the other process has finished since
             pass
+        except OSError as error:
+            os.close(lock)
+            raise RunError(f"{path}: cannot be locked here ({error.strerror})") from error
         os.close(lock)
 
 

@@ -1,4 +1,4 @@
-"""Conversions that cannot be, and the one line that says so: sources, places, disks, second runs,
+"""Conversions that cannot be, and the one line that says so: sources, places, second runs, disks,
 manifests. Nothing appears at DST, nothing that was there changes, and no code is run."""
 
 import errno
@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ def dst(tmp_path):
 
 @pytest.fixture(scope="module")
 def converted(tiny_model, tmp_path_factory):
-    """A finished checkpoint of `folder`'s model, to be copied."""
+    """A finished checkpoint of the model in `folder`."""
     made, _ = tiny_model(num_hidden_layers=1)
     source = shutil.copytree(made, tmp_path_factory.mktemp("converted") / "model")
     convert(source, source.with_name("made"))
@@ -55,18 +56,20 @@ def made(converted, dst):
 
 def everything(folder):
     """Every path below a folder, with the bytes of the files."""
-    found = sorted(folder.rglob("*"))
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 @contextmanager
-def refused_whole(tmp_path, error, *said):
-    """`refused`, and not a byte of source, DST or DST.partial appears, changes or goes."""
-    before = everything(tmp_path)
+def refused_whole(dst, error, *said):
+    """`refused`, and beside DST not a byte appears, changes or goes; but weights that had been
+    finished may be left in DST.partial."""
+    before = everything(dst.parent)
     with refused(error, *said):
         yield
-    after = everything(tmp_path)
-    assert sorted(after) == sorted(before)
+    after = everything(dst.parent)
+    if finished(dst) and partial_of(dst).name not in before:
+        after = {path: of for path, of in after.items() if partial_of(dst).name not in path}
     assert after == before
 
 
@@ -82,12 +85,22 @@ def fails(patch, call, code, after):
     patch.setattr(os, call, wrong)
 
 
-def begin(folder, dst, monkeypatch, **how):
+def begin(folder, dst, monkeypatch):
     """A conversion that ends in the middle, some of its weights finished."""
     with monkeypatch.context() as patch, refused(ResourceError, "--resume"):
         fails(patch, "pwrite", errno.ENOSPC, 300)
-        convert(folder, dst, **ONE_WORKER, **how)
-    assert len((partial_of(dst) / ".journal").read_text().splitlines()) > 1
+        convert(folder, dst, **ONE_WORKER)
+    assert finished(dst)
+
+
+def finished(dst):
+    """How many weights an unfinished conversion has on disk."""
+    journal = partial_of(dst) / ".journal"
+    return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
+
+
+def export_beside(folder):
+    return export(folder, folder.with_name("exported"))
 
 
 # --- sources
@@ -97,102 +110,137 @@ def shard(folder):
     """The same tensors in two files with an index."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    where = {name: B if name == NORM else A for name in tensors}
-    for file in (A, B):
-        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file)
+    save_file({NORM: tensors.pop(NORM)}, folder / B)
+    save_file(tensors, folder / A)
+    where = dict.fromkeys(tensors, A) | {NORM: B}
     (folder / INDEX).write_text(json.dumps({"weight_map": where}))
 
 
-def edit_header(file, name=NORM, **facts):
-    raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end])
-    header[name] |= facts
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+def write(change, file=B):
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
 
 
-def write(file, change):
-    file.write_bytes(change(file.read_bytes()))
+def point(file, name=NORM, index=INDEX):
+    def change(folder):
+        where = json.loads((folder / index).read_text())["weight_map"]
+        (folder / index).write_text(json.dumps({"weight_map": where | {name: file}}))
+
+    return change
 
 
-def point(folder, file, name=NORM):
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][name] = file
-    (folder / INDEX).write_text(json.dumps(index))
+def head(file=B, name=NORM, **facts):
+    def change(raw):
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        header[name] |= facts
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + raw[end:]
+
+    return write(change, file)
+
+
+def config(**facts):
+    return lambda folder: edit_json(folder / "config.json", **facts)
 
 
 @pytest.mark.parametrize(
     "damage, where, said",
     [
-        (lambda f: write(f / B, lambda raw: raw[:-100]), B, "not fully covered"),
-        (lambda f: write(f / B, lambda raw: raw[:7]), B, "header too small"),
-        (lambda f: write(f / B, lambda raw: b"\xff\xff" + raw[2:]), B, "header length"),
-        (lambda f: write(f / B, lambda raw: b"\xff" * 8 + raw[8:]), B, "header too large"),
-        (lambda f: edit_header(f / A, Q, data_offsets=[0, 16384]), A, "invalid offset"),
-        (lambda f: edit_header(f / B, data_offsets=[8, 264]), B, "invalid offset"),
-        (lambda f: edit_header(f / B, data_offsets=[256, 0]), B, "whole safetensors file"),
-        (lambda f: edit_header(f / B, data_offsets=[0, 1 << 50]), B, "whole safetensors file"),
-        (lambda f: edit_header(f / B, shape=[1 << 62, 1 << 62]), B, "whole safetensors file"),
-        (lambda f: edit_header(f / B, shape=[1 << 70]), B, "whole safetensors file"),
-        (lambda f: (f / B).unlink(), INDEX, f"{B!r}, which is not there"),
-        (lambda f: point(f, "gone.safetensors"), INDEX, "'gone.safetensors', which is not there"),
-        (lambda f: point(f, f"../{B}"), INDEX, f"'../{B}' points outside the folder"),
-        (lambda f: point(f, "/etc/passwd"), INDEX, "'/etc/passwd' points outside the folder"),
-        (lambda f: point(f, A), INDEX, f"not in the file the index names: {NORM}"),
-        (lambda f: shutil.copy(f / A, f / B), B, "so does model-00001-of-00002"),
-        (lambda f: edit_header(f / B, shape=[8, 8]), "", f"{NORM} is [8, 8], the config says [64]"),
-        (lambda f: edit_json(f / "config.json", num_hidden_layers=2), "", "missing model.layers.1"),
-        (lambda f: edit_json(f / "config.json", vocab_size=132), "", "the config says [132, 64]"),
+        (write(lambda raw: raw[:-100]), B, "not fully covered"),
+        (write(lambda raw: raw[:7]), B, "header too small"),
+        (write(lambda raw: b"\xff\xff" + raw[2:]), B, "header length"),
+        (write(lambda raw: b"\xff" * 8 + raw[8:]), B, "header too large"),
+        (head(A, Q, data_offsets=[0, 16384]), A, "invalid offset"),
+        (head(data_offsets=[8, 264]), B, "invalid offset"),
+        (head(data_offsets=[256, 0]), B, "not a whole safetensors file"),
+        (head(data_offsets=[0, 1 << 50]), B, "not a whole safetensors file"),
+        (head(shape=[1 << 62, 1 << 62]), B, "not a whole safetensors file"),
+        (head(shape=[1 << 70]), B, "not a whole safetensors file"),
+        (head(shape=[8, 8]), "", f"{NORM} is [8, 8], the config says [64]"),
+        (head(shape=[32], dtype="F64"), "", f"{NORM} is F64: readable are F32, BF16, F16"),
+        (head(shape=[256], dtype="I8"), "", f"{NORM} is I8: readable are F32, BF16, F16"),
+        (lambda folder: (folder / B).unlink(), INDEX, f"{B!r}, which is not there"),
+        (point("gone.safetensors"), INDEX, "'gone.safetensors', which is not there"),
+        (point(f"../{B}"), INDEX, f"'../{B}' points outside the folder"),
+        (point("/etc/passwd"), INDEX, "'/etc/passwd' points outside the folder"),
+        (point(A), INDEX, f"not in the file the index names: {NORM}"),
+        (lambda folder: shutil.copy(folder / A, folder / B), B, f"and so does {A}"),
+        (config(num_hidden_layers=2), "", "missing model.layers.1"),
+        (config(vocab_size=132), "", "the config says [132, 64]"),
+        (config(tie_word_embeddings=True), "", "says that lm_head.weight is model.embed_tokens"),
+        (write(lambda raw: raw[:-4] + b"\0\0\xc0\x7f"), B, f"{NORM} holds a NaN or an infinity"),
+        (write(lambda raw: raw[:-4] + b"\0\0\x80\x7f"), B, f"{NORM} holds a NaN or an infinity"),
+        (write(lambda raw: raw[:-4] + b"\0\0\x80\x47"), B, f"{NORM} is too large for float16"),
     ],
 )
-def test_a_source_that_cannot_be(folder, dst, tmp_path, damage, where, said):
+def test_a_source_that_cannot_be(folder, dst, damage, where, said):
+    """The last number is 65536, the one float16 ends before."""
     shard(folder)
     damage(folder)
-    with refused_whole(tmp_path, CheckpointError, folder / where, said):
+    with refused_whole(dst, CheckpointError, folder / where, said):
+        convert(folder, dst, dtype="float16")
+
+
+def test_what_is_not_finite_needs_a_word(folder, dst):
+    """With it, it is converted; and still nothing that a model would run with."""
+    edit_tensors(folder, **{key(Q): np.full((64, 64), np.inf, np.float32)})
+    with refused_whole(dst, CheckpointError, folder / WEIGHTS, Q, "--allow-nonfinite"):
         convert(folder, dst)
-
-
-def test_a_tied_copy_that_is_none(folder, dst):
-    edit_json(folder / "config.json", tie_word_embeddings=True)
-    said = ("lm_head.weight is model.embed_tokens.weight", "other values", "to false")
-    with refused(CheckpointError, folder, *said):
-        convert(folder, dst)
-    assert not dst.exists()
-
-
-@pytest.mark.parametrize("dtype, word", [(np.float64, "F64"), (np.int8, "I8")])
-def test_a_dtype_that_is_no_weights(folder, dst, tmp_path, dtype, word):
-    edit_tensors(folder, **{key(NORM): np.ones(64, dtype)})
-    with refused_whole(tmp_path, CheckpointError, folder, f"{NORM} is {word}", "F32, BF16, F16"):
-        convert(folder, dst)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_needs_a_word(folder, dst, tmp_path, bad):
-    """Named; with the word for it converted, and still nothing that a model would run with."""
-    value = np.ones((64, 64), np.float32)
-    value[-1, -1] = bad
-    edit_tensors(folder, **{key(Q): value})
-    said = (f"{folder / WEIGHTS}: {Q} holds a NaN or an infinity", "--allow-nonfinite")
-    with refused(CheckpointError, *said):
-        convert(folder, dst)
-    assert not dst.exists()
     convert(folder, dst, overwrite=True, allow_nonfinite=True)
     assert verify(dst)["problems"] == []
     with refused(CheckpointError, dst, "blocks.0.attn.q.w holds a NaN or an infinity"):
         tpjax.LLM(dst, 4, say=lambda line: None)
 
 
-def test_a_value_too_large_for_the_dtype(folder, dst):
-    edit_tensors(folder, **{key(NORM): np.full(64, 65520, np.float32)})
-    said = (folder / WEIGHTS, f"{NORM} is too large for float16", "bfloat16 or float32")
-    with refused(CheckpointError, *said):
-        convert(folder, dst, dtype="float16")
-    assert not dst.exists()
-
-
 # --- legacy files
+
+
+def legacy(change=lambda tensors: tensors, size=None):
+    """The same tensors as torch once saved them; or another state; or a part of the file."""
+
+    def make(folder):
+        tensors = {n: torch.from_numpy(t) for n, t in load_file(folder / WEIGHTS).items()}
+        torch.save(change(tensors), folder / TORCH_SINGLE)
+        os.truncate(folder / TORCH_SINGLE, size or os.path.getsize(folder / TORCH_SINGLE))
+
+    return make
+
+
+def legacy_shards(file):
+    """Two files with an index, which says that NORM is in ``file``."""
+
+    def make(folder):
+        legacy()(folder)
+        (folder / TORCH_SINGLE).rename(folder / "a.bin")
+        shutil.copy(folder / "a.bin", folder / "b.bin")
+        where = dict.fromkeys(load_file(folder / WEIGHTS), "a.bin") | {NORM: file}
+        (folder / TORCH_INDEX).write_text(json.dumps({"weight_map": where}))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "damage, where, said",
+    [
+        (legacy(size=1), TORCH_SINGLE, "damaged"),
+        (legacy(size=30_000), TORCH_SINGLE, "torch cannot read it"),
+        (legacy(lambda t: list(t.values())), TORCH_SINGLE, "holds a list"),
+        (legacy(lambda t: t | {"step": 5}), TORCH_SINGLE, "'step' is a int"),
+        (legacy(lambda t: t | {NORM: t[NORM].double()}), "", f"{NORM} is torch.float64"),
+        (legacy(lambda t: t | {NORM: t[NORM][:3]}), "", f"{NORM} is [3]"),
+        (legacy(lambda t: t | {Q: t[Q].to_sparse()}), TORCH_SINGLE, Q),
+        (legacy(lambda t: t | {Q: t[Q].to("meta")}), TORCH_SINGLE, Q),
+        (legacy_shards("../b.bin"), TORCH_INDEX, "'../b.bin' points outside"),
+        (legacy_shards("/etc/b.bin"), TORCH_INDEX, "'/etc/b.bin' points outside"),
+        (legacy_shards("gone.bin"), TORCH_INDEX, "'gone.bin', which is not there"),
+        (legacy_shards("b.bin"), "b.bin", "and so does a.bin"),
+    ],
+)
+def test_a_legacy_source_that_cannot_be(folder, dst, damage, where, said):
+    damage(folder)
+    (folder / WEIGHTS).unlink()
+    with refused_whole(dst, CheckpointError, folder / where, said):
+        convert(folder, dst)
 
 
 class Evil:
@@ -205,61 +253,16 @@ class Evil:
         return os.mkdir, (self.proof,)
 
 
-def legacy(folder, state=None, file=TORCH_SINGLE):
-    """The same tensors as torch once saved them, or another state."""
-    tensors = {n: torch.from_numpy(t) for n, t in load_file(folder / WEIGHTS).items()}
-    torch.save(tensors if state is None else state(tensors), folder / file)
-
-
-def cut(folder):
-    legacy(folder)
-    write(folder / TORCH_SINGLE, lambda raw: raw[: len(raw) // 2])
-
-
-def indexed(folder, **where):
-    legacy(folder)
-    (folder / TORCH_SINGLE).rename(folder / "a.bin")
-    shutil.copy(folder / "a.bin", folder / "b.bin")
-    tensors = dict.fromkeys(load_file(folder / WEIGHTS), "a.bin")
-    (folder / TORCH_INDEX).write_text(json.dumps({"weight_map": tensors | {NORM: where["norm"]}}))
-
-
-@pytest.mark.parametrize(
-    "damage, where, said",
-    [
-        (cut, TORCH_SINGLE, "torch cannot read it"),
-        (lambda f: (f / TORCH_SINGLE).write_bytes(b""), TORCH_SINGLE, "torch cannot read it"),
-        (lambda f: (f / TORCH_SINGLE).write_bytes(b"x" * 999), TORCH_SINGLE, "damaged"),
-        (lambda f: legacy(f, lambda t: list(t.values())), TORCH_SINGLE, "holds a list"),
-        (lambda f: legacy(f, lambda t: t | {"step": 5}), TORCH_SINGLE, "'step' is a int"),
-        (lambda f: legacy(f, lambda t: t | {NORM: t[NORM].double()}), "", "float64"),
-        (lambda f: legacy(f, lambda t: t | {NORM: t[NORM][:3]}), "", f"{NORM} is [3]"),
-        (lambda f: legacy(f, lambda t: t | {Q: t[Q].to_sparse()}), TORCH_SINGLE, Q),
-        (lambda f: legacy(f, lambda t: t | {Q: t[Q].to("meta")}), TORCH_SINGLE, Q),
-        (lambda f: indexed(f, norm="../b.bin"), TORCH_INDEX, "'../b.bin' points outside"),
-        (lambda f: indexed(f, norm="/etc/b.bin"), TORCH_INDEX, "'/etc/b.bin' points outside"),
-        (lambda f: indexed(f, norm="gone.bin"), TORCH_INDEX, "'gone.bin', which is not there"),
-        (lambda f: indexed(f, norm="b.bin"), "b.bin", "so does a.bin"),
-    ],
-)
-def test_a_legacy_source_that_cannot_be(folder, dst, damage, where, said):
-    damage(folder)
-    (folder / WEIGHTS).unlink()
-    with refused(CheckpointError, folder / where, said):
-        convert(folder, dst)
-    assert not dst.exists()
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code(folder, dst, tmp_path, zipped):
     proof = tmp_path / "ran"
     if zipped:
-        legacy(folder, lambda tensors: tensors | {"evil": Evil(proof)})
+        legacy(lambda tensors: tensors | {"evil": Evil(proof)})(folder)
     else:
         (folder / TORCH_SINGLE).write_bytes(pickle.dumps({NORM: Evil(proof)}, protocol=2))
     (folder / WEIGHTS).unlink()
     said = (folder / TORCH_SINGLE, "run code", "safetensors")
-    with refused_whole(tmp_path, CheckpointError, *said):
+    with refused_whole(dst, CheckpointError, *said):
         convert(folder, dst)
     assert not proof.exists()
     with (folder / TORCH_SINGLE).open("rb") as file:  # it would have
@@ -272,23 +275,23 @@ def test_a_pickle_that_would_run_code(folder, dst, tmp_path, zipped):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
-    "place, said",
+    "place, error, said",
     [
-        (lambda t: t / "model" / "made", "inside the source"),
-        (lambda t: t / "model", "inside the source"),
-        (lambda t: t, "or around it"),
-        (lambda t: t / "link", "inside the source"),
-        (lambda t: t / "full", "not empty, and no tpjax checkpoint"),
-        (lambda t: t / "file", "a file; give a new folder"),
+        ("model/made", UsageError, "inside the source"),
+        ("model", UsageError, "inside the source"),
+        ("", UsageError, "or around it"),
+        ("link", UsageError, "inside the source"),
+        ("full", UsageError, "not empty, and no tpjax checkpoint"),
+        ("full/file", UsageError, "a file; give a new folder"),
+        ("full/file/made", RunError, "Not a directory"),
     ],
 )
-def test_a_place_that_cannot_be(folder, tmp_path, place, said, how):
+def test_a_place_that_cannot_be(folder, tmp_path, dst, place, error, said, how):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious").write_text("data")
-    (tmp_path / "file").write_text("data")
+    (tmp_path / "full" / "file").write_text("precious")
     (tmp_path / "link").symlink_to(folder)
-    with refused_whole(tmp_path, UsageError, place(tmp_path), said):
-        convert(folder, place(tmp_path), **how)
+    with refused_whole(dst, error, tmp_path / place, said):
+        convert(folder, tmp_path / place, **how)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -314,116 +317,84 @@ def test_a_working_folder_that_is_somebody_elses(folder, made, tmp_path, name, v
     assert precious.read_text() == "data"
 
 
-def test_a_parent_that_is_a_file(folder, tmp_path):
-    (tmp_path / "file").touch()
-    with refused_whole(tmp_path, RunError, tmp_path / "file", "Not a directory"):
-        convert(folder, tmp_path / "file" / "made")
-
-
-def test_a_finished_checkpoint_is_not_replaced(folder, made, tmp_path):
-    with refused_whole(tmp_path, UsageError, made, "--overwrite replaces it"):
-        convert(folder, made)
-    with refused_whole(tmp_path, UsageError, made, "--overwrite replaces it"):
-        convert(folder, made, dtype="bfloat16", resume=True)
-
-
-def test_a_replacement_that_fails_replaces_nothing(folder, made, converted):
-    edit_tensors(folder, **{key(NORM): np.full(64, np.nan, np.float32)})
-    with refused(CheckpointError, NORM):
-        convert(folder, made, overwrite=True)
-    assert [*everything(made).values()] == [*everything(converted).values()]
-
-
-def test_sources_that_are_none(folder, made, dst, tmp_path):
-    other = tmp_path / "other"
-    with refused_whole(tmp_path, UsageError, made, "is a tpjax checkpoint already", "export"):
-        convert(made, other)
-    with refused_whole(tmp_path, UsageError, "config.json", "only be planned", "--dry-run"):
-        convert(folder / "config.json", other)
-    with refused_whole(tmp_path, CheckpointError, "'./gone': no such folder"):
-        convert("./gone", other)
-    for verb in (verify, lambda src: export(src, other)):
-        with refused_whole(tmp_path, CheckpointError, folder, f"no {MANIFEST}"):
-            verb(folder)
+def test_a_finished_checkpoint_is_not_replaced_unasked(folder, made):
+    for how in ({}, {"dtype": "bfloat16", "resume": True}):
+        with refused_whole(made, UsageError, made, "--overwrite replaces it"):
+            convert(folder, made, **how)
 
 
 # --- second runs
 
 
-def test_an_unfinished_conversion_is_not_touched_unasked(folder, dst, tmp_path, monkeypatch):
+def test_an_unfinished_conversion_is_not_touched_unasked(folder, dst, monkeypatch):
     begin(folder, dst, monkeypatch)
-    with refused_whole(tmp_path, UsageError, partial_of(dst), "--resume", "--overwrite"):
+    with refused_whole(dst, UsageError, partial_of(dst), "--resume", "--overwrite"):
         convert(folder, dst)
 
 
-def test_resume_and_overwrite(folder, dst, tmp_path):
-    with refused_whole(tmp_path, UsageError, "--resume", "--overwrite", "one of them"):
-        convert(folder, dst, resume=True, overwrite=True)
-
-
 @pytest.mark.parametrize("change", ["mtime", "size", "config"])
-def test_resuming_with_another_source(folder, dst, tmp_path, monkeypatch, change):
+def test_resuming_with_another_source(folder, dst, monkeypatch, change):
     begin(folder, dst, monkeypatch)
     file = folder / ("config.json" if change == "config" else WEIGHTS)
     if change == "size":
         edit_tensors(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)})
     os.utime(file, ns=(5, 5))
     said = (partial_of(dst), "the source has changed", file.name, "--overwrite starts again")
-    with refused_whole(tmp_path, CheckpointError, *said):
+    with refused_whole(dst, CheckpointError, *said):
         convert(folder, dst, resume=True)
 
 
 @pytest.mark.parametrize("nearly", [False, True], ids=["in the middle", "all but the renaming"])
-def test_resuming_with_another_dtype(folder, dst, tmp_path, monkeypatch, nearly):
+def test_resuming_with_another_dtype(folder, dst, monkeypatch, nearly):
     if nearly:
         convert(folder, dst)
         dst.rename(partial_of(dst))
     else:
         begin(folder, dst, monkeypatch)
-    with refused_whole(tmp_path, UsageError, partial_of(dst), "another dtype", "--overwrite"):
+    with refused_whole(dst, UsageError, partial_of(dst), "another dtype", "--overwrite"):
         convert(folder, dst, dtype="bfloat16", resume=True)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_second_converter(folder, dst, tmp_path, how):
+def test_a_second_converter(folder, dst, how):
     said = (dst, f"another process (number {os.getpid()})", "wait for it")
-    with stage(dst), refused_whole(tmp_path, ResourceError, *said):
+    with stage(dst), refused_whole(dst, ResourceError, *said):
         convert(folder, dst, **how)
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_unfinished_checkpoint_is_none(folder, dst, tmp_path, monkeypatch, late):
+def test_an_unfinished_checkpoint_is_none(folder, dst, monkeypatch, late):
     """Whatever is asked of it, before or after config.json is there."""
     if late:
-        write, written = Staging.write, []
+        write = Staging.write
 
         def stop(self, name, content):
             if name == MANIFEST:
                 raise RunError("stopped")
-            written.append(write(self, name, content))
+            write(self, name, content)
 
         with monkeypatch.context() as patch, refused(RunError, "stopped"):
             patch.setattr(Staging, "write", stop)
             convert(folder, dst)
-        assert (partial_of(dst) / "config.json").exists()
     else:
         begin(folder, dst, monkeypatch)
     partial = partial_of(dst)
-    for verb in (verify, lambda src: export(src, tmp_path / "x")):
-        with refused_whole(tmp_path, CheckpointError, partial):
-            verb(partial)
+    assert (partial / "config.json").exists() == late
     for verb in (inspect, tpjax.LLM):
-        with refused_whole(tmp_path, CheckpointError, partial, "unfinished conversion"):
+        with refused_whole(dst, CheckpointError, partial, "unfinished conversion"):
+            verb(partial)
+    for verb in (verify, export_beside, lambda src: convert(src, dst.with_name("other"))):
+        with refused_whole(dst, CheckpointError, partial):
             verb(partial)
 
 
 # --- disks and memory
 
 
-def test_no_space_is_told_before_anything_is_written(folder, dst, tmp_path, monkeypatch):
+def test_no_space_is_told_before_anything_is_written(folder, dst, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     monkeypatch.setattr(os, "pwrite", None)
-    with refused_whole(tmp_path, ResourceError, tmp_path, "needs", "0.00 GB are free"):
+    with refused_whole(dst, ResourceError, dst.parent, "needs", "0.00 GB are free"):
         convert(folder, dst)
 
 
@@ -431,7 +402,7 @@ def test_no_space_is_told_before_anything_is_written(folder, dst, tmp_path, monk
 @pytest.mark.parametrize(
     "call, after",
     [("write", 0), ("write", 1), ("write", 9), ("pwrite", 0), ("pwrite", 300), ("fsync", 0)]
-    + [("fsync", 9), ("fsync", 30), ("mkdir", 0), ("mkdir", 5)],
+    + [("fsync", 9), ("fsync", 30), ("fsync", 60), ("mkdir", 0), ("mkdir", 5)],
 )
 def test_a_disk_that_is_full(folder, converted, dst, monkeypatch, call, after, dst_is_there):
     """Wherever it happens: what was there stays, and a second run makes the very same checkpoint,
@@ -443,55 +414,72 @@ def test_a_disk_that_is_full(folder, converted, dst, monkeypatch, call, after, d
         fails(patch, call, errno.ENOSPC, after)
         convert(folder, dst, **ONE_WORKER, overwrite=dst_is_there)
     assert everything(dst) == before
-    journal = partial_of(dst) / ".journal"
-    assert not partial_of(dst).exists() or len(journal.read_text().splitlines()) > 1
+    done = finished(dst) or (partial_of(dst) / MANIFEST).exists()
+    assert partial_of(dst).exists() == bool(done) == (after > 8)
     shutil.rmtree(dst, ignore_errors=True)
     result = convert(folder, dst, resume=True)
-    assert (result["converted_now"] < result["weights"]) == (after > 8)
-    assert [*everything(dst).values()] == [*everything(converted).values()]
+    assert (result["converted_now"] < result["weights"]) == bool(done)
+    assert everything(dst) == everything(converted)
+
+
+def test_a_renaming_that_fails(folder, made, converted, monkeypatch):
+    """Between the old checkpoint's going and the new one's coming."""
+    with monkeypatch.context() as patch, refused(RunError, made, "Input/output error"):
+        fails(patch, "rename", errno.EIO, 1)
+        convert(folder, made, overwrite=True)
+    assert everything(made) == everything(converted)
 
 
 def test_a_disk_that_cannot_be_read(folder, dst, monkeypatch):
-    fails(monkeypatch, "preadv", errno.EIO, 6)  # three weights read and read back
+    fails(monkeypatch, "preadv", errno.EIO, 0)
     said = ("cannot be read at byte", "Input/output error", "check the disk")
-    with refused(CheckpointError, folder / WEIGHTS, *said):
-        convert(folder, dst, max_host_gb=0.03)
+    with refused_whole(dst, CheckpointError, folder / WEIGHTS, *said):
+        convert(folder, dst)
+
+
+def test_a_small_file_that_cannot_be_read(folder, dst, monkeypatch):
+    read, file = Path.read_bytes, folder / "generation_config.json"
+
+    def wrong(path):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", wrong)
+    with refused(CheckpointError, file, "Permission denied"):
+        convert(folder, dst)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda file: os.truncate(file, 9000), "cut while it was read"),
+        (lambda file: os.utime(file, ns=(5, 5)), "has changed while it was converted"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read(folder, dst, change, said):
+    with refused(CheckpointError, folder, said):
+        convert(folder, dst, **ONE_WORKER, on_bytes=lambda count: change(folder / WEIGHTS))
     assert not dst.exists()
 
 
-def test_a_source_that_is_cut_while_it_is_read(folder, dst):
-    with refused(CheckpointError, folder / WEIGHTS, "ends at byte", "cut while it was read"):
-        convert(folder, dst, **ONE_WORKER, on_bytes=lambda n: os.truncate(folder / WEIGHTS, 9000))
-    assert not dst.exists()
-
-
-def test_a_source_that_is_changed_while_it_is_read(folder, dst):
-    said = ("has changed while it was converted", "--overwrite")
-    with refused(CheckpointError, folder, *said):
-        convert(folder, dst, on_bytes=lambda n: os.utime(folder / WEIGHTS, ns=(5, 5)))
-    assert not dst.exists()
-
-
-def test_buffers_too_small_for_a_row(folder, dst, tmp_path):
+def test_buffers_too_small_for_a_row(folder, dst):
     """What is said to be enough, is."""
-    with refused_whole(tmp_path, UsageError, "--max-host-gb 0.001", "one row of", "at least"):
+    with refused_whole(dst, UsageError, "--max-host-gb 0.001", "one row", "at least"):
         convert(folder, dst, max_host_gb=0.001)
     with pytest.raises(UsageError) as caught:
         convert(folder, dst, max_host_gb=0.0005)
     least = float(re.search(r"at least ([\d.]+)", str(caught.value))[1])
-    result = convert(folder, dst, max_host_gb=least)
-    assert result["buffers_bytes"] <= least * 1e9
+    assert convert(folder, dst, max_host_gb=least)["buffers_bytes"] <= least * 1e9
 
 
-@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
-def test_no_limit_at_all(folder, dst, tmp_path, limit):
-    with refused_whole(tmp_path, UsageError, limit):
-        convert(folder, dst, max_host_gb=limit)
-
-
-def test_an_unknown_dtype(folder, dst, tmp_path):
-    with refused_whole(tmp_path, UsageError, "dtype='int8'", "bfloat16"):
-        convert(folder, dst, dtype="int8")
+@pytest.mark.parametrize(
+    "how",
+    [{"max_host_gb": gb} for gb in (0, -1, float("nan"), float("inf"))] + [{"dtype": "int8"}],
+)
+def test_arguments_that_cannot_be_meant(folder, dst, how):
+    with refused_whole(dst, UsageError, *how.values()):
+        convert(folder, dst, **how)
 
 
 @pytest.mark.parametrize(
@@ -503,117 +491,108 @@ def test_an_unknown_dtype(folder, dst, tmp_path):
         ("convert SRC DST --max-host-gb 0.001", 2, "give at least 0.00"),
         ("convert SRC DST --tensor 0", 2, "= 0: from 1 to "),
         ("convert SRC DST --tensor 3", 2, "the nearest tensor degrees that work are 2 or 4"),
-        ("convert SRC DST --resume --overwrite", 2, "one of them"),
+        ("convert SRC DST --resume --overwrite", 2, "give one of them"),
         ("convert SRC", 2, "needs DST"),
         ("convert SRC SRC/made", 2, "inside the source"),
-        ("convert GONE DST", 3, "no such folder"),
+        ("convert ./gone DST", 3, "no such folder"),
         ("verify SRC", 3, f"no {MANIFEST}"),
         ("verify SRC --tensor 0", 2, "--tensor 0"),
         ("export SRC DST", 3, f"no {MANIFEST}"),
-        ("inspect GONE", 3, "no such folder"),
+        ("inspect ./gone", 3, "no such folder"),
+        ("convert SRC/config.json DST", 2, "only be planned: add --dry-run"),
+        ("convert MADE DST", 2, "is a tpjax checkpoint already"),
+        ("convert SRC DST", 4, "no space left"),
     ],
 )
-def test_the_command_says_it_in_one_line(folder, dst, tmp_path, capsys, verb, code, said):
-    words = verb.replace("SRC", str(folder)).replace("DST", str(dst)).replace("GONE", "./gone")
-    before = everything(tmp_path)
-    assert main([*words.split(), "--quiet"]) == code
+def test_the_command_says_it(folder, dst, converted, capsys, monkeypatch, verb, code, said):
+    """In one line, on standard error."""
+    before = everything(dst.parent)
+    for word, path in (("SRC", folder), ("DST", dst), ("MADE", converted)):
+        verb = verb.replace(word, str(path))
+    with monkeypatch.context() as patch:
+        fails(patch, "pwrite", errno.ENOSPC, 0)
+        assert main([*verb.split(), "--quiet"]) == code
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1, err
     assert err.startswith("tpjax-checkpoint: error: ") and said in err
-    assert everything(tmp_path) == before
-
-
-def test_the_command_with_a_full_disk(folder, dst, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        fails(patch, "pwrite", errno.ENOSPC, 0)
-        assert main(["convert", str(folder), str(dst), "--quiet"]) == 4
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and "no space left" in err
-    assert not dst.exists() and not partial_of(dst).exists()
+    assert everything(dst.parent) == before
 
 
 # --- manifests
 
 
-def sealed(about):
-    """Like `Manifest.sealed`, of anything."""
-    body = json.dumps({k: v for k, v in about.items() if k != "digest"}, indent=1).encode()[:-2]
-    return body + f',\n "digest": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode()
-
-
 def edit_manifest(folder, change):
+    """A manifest changed and sealed again, like `Manifest.sealed` does it."""
     about = json.loads((folder / MANIFEST).read_bytes())
+    del about["digest"]
     change(about)
-    (folder / MANIFEST).write_bytes(sealed(about))
+    body = json.dumps(about, indent=1).encode()[:-2]
+    seal = f',\n "digest": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'
+    (folder / MANIFEST).write_bytes(body + seal.encode())
 
 
-def quiet_llm(folder):
+def load(folder):
     return tpjax.LLM(folder, say=lambda line: None)
 
 
-READERS = [quiet_llm, verify, lambda src: export(src, src.with_name("exported"))]
-
-
-@pytest.mark.parametrize("reader", READERS, ids=["LLM", "verify", "export"])
-def test_a_newer_format(made, tmp_path, reader):
+@pytest.mark.parametrize("read", [load, verify, export_beside])
+def test_a_newer_format(made, tmp_path, read):
     edit_manifest(made, lambda about: about.update(version=2, weights="of another kind"))
     before = everything(tmp_path)
     with pytest.raises(NewerFormat, match=r"tpjax_manifest.json: of format 2.* upgrade tpjax$"):
-        reader(made)
+        read(made)
     assert NewerFormat.exit_code == 3 and everything(tmp_path) == before
 
 
-def test_a_manifest_edited_by_hand(made, tmp_path, capsys):
+def test_a_manifest_edited_by_hand(made, capsys):
     """One digit: refused where the checkpoint is used, told where it is looked at."""
-    write(made / MANIFEST, lambda raw: raw.replace(b"64", b"65", 1))
-    said = (made / MANIFEST, "damaged or edited", "convert the source again")
-    for reader in (READERS[0], READERS[2]):
-        with refused_whole(tmp_path, CheckpointError, *said):
-            reader(made)
+    write(lambda raw: raw.replace(b"64", b"65", 1), MANIFEST)(made)
+    said = f"{made / MANIFEST}: damaged or edited"
+    for use in (load, export_beside):
+        with refused_whole(made, CheckpointError, said, "convert the source again"):
+            use(made)
     for look in (verify, inspect):
         (problem,) = look(made)["problems"]
-        assert all(str(word) in problem for word in said) and len(problem.splitlines()) == 1
+        assert said in problem
     assert main(["verify", str(made), "--quiet"]) == 1
-    assert "1 problem(s)" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["source", "copy"])
 @pytest.mark.parametrize("to", ["../out", "/out", "a\0b", 5])
 def test_an_export_that_would_write_elsewhere(made, tmp_path, where, to):
     """A manifest may come from anywhere, and its digest is no signature."""
-    to = f"{tmp_path}/out" if to == "/out" else to
 
     def change(about):
         first = about["weights"][0]
-        moved = first["source"] | {"file": to}
-        about.update({"copies": {first["path"]: moved}} if where == "copy" else {})
-        first["source"] = first["source"] if where == "copy" else moved
+        moved = first["source"] | {"file": f"{tmp_path}/out" if to == "/out" else to}
+        if where == "copy":
+            about["copies"] = {first["path"]: moved}
+        else:
+            first["source"] = moved
 
     edit_manifest(made, change)
-    with refused_whole(tmp_path, CheckpointError, made):
-        export(made, tmp_path / "exported")
+    with refused_whole(made, CheckpointError, made):
+        export_beside(made)
 
 
 def test_names_that_would_write_lines_of_their_own(folder, capsys):
     """Whatever a tensor is called, it stays on its line; and it can be printed."""
-    (folder / WEIGHTS).rename(folder / A)
-    tensors = load_file(folder / A) | {"a\nproblem: \x1b[2Jb": np.ones(1, np.float32)}
-    save_file(tensors, folder / A)
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / A), A)}))
+    shard(folder)
+    tensors = load_file(folder / B) | {"a\nproblem: \x1b[2Jb": np.ones(1, np.float32)}
+    save_file(tensors, folder / B)
     assert main(["inspect", str(folder), "--weights"]) == 1
     out = capsys.readouterr().out
     assert "\x1b" not in out and len(re.findall("^problem:", out, re.M)) == 1
-    point(folder, A, "\ud800")
+    point(A, "\ud800")(folder)
     assert main(["inspect", str(folder)]) == 1
     assert "1 tensor(s) are not in the file" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "verify, said", [("full", "needs a tpjax checkpoint"), ("nonsense", "full")]
-)
-def test_ways_to_verify(folder, made, verify, said):
-    with refused(UsageError, f"verify={verify!r}", said):
-        tpjax.LLM(folder, verify=verify)
-    if verify != "full":
-        with refused(UsageError, "verify='nonsense': known are fast, full"):
-            tpjax.LLM(made, verify=verify)
+@pytest.mark.parametrize("how", ["full", "nonsense"])
+def test_ways_to_verify(folder, made, how):
+    said = "needs a tpjax checkpoint" if how == "full" else "known are fast, full"
+    with refused(UsageError, f"verify={how!r}", said):
+        tpjax.LLM(folder, verify=how)
+    with refused(UsageError, "verify='nonsense'", "known are fast, full"):
+        tpjax.LLM(made, verify="nonsense")

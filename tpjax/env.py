@@ -2,8 +2,8 @@
 and jax's configuration. What the user has set is never overridden.
 
 XLA_FLAGS ``--xla_cpu_experimental_ynn_fusion_type=individual_dot``
-    Without it every bfloat16 product on a CPU first copies its weights to float32: 0.6 to 1.9 GB/s
-    instead of 14 or more (BENCHMARKS.md). Read by the CPU backend only.
+    Without it every bfloat16 product on a CPU first copies its weights to float32, and float32 ones
+    of several rows are slow too: 4 to 40 times (BENCHMARKS.md). Read by the CPU backend only.
 platform ``cpu``, if the CUDA plugin is installed but there is no GPU
     Otherwise jax prints a traceback about missing CUDA libraries.
 compilation cache in the user's cache directory, whatever the compile time

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tpjax.checkpoint import orbax
-from tpjax.checkpoint.orbax import OrbaxFolder, Verify
+from tpjax.checkpoint.orbax import Bounds, OrbaxFolder, Verify
 from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder, TensorInfo
 from tpjax.errors import CheckpointError, UsageError, listing
 from tpjax.models import Family
@@ -22,6 +22,8 @@ from tpjax.weights import WeightSpec, WeightTable
 
 Progress = Callable[[Iterable[WeightSpec]], Iterable[WeightSpec]]
 Source = SafetensorsFolder | OrbaxFolder
+_THREADS = 4
+_LARGE = 1 << 25  # bytes of a slice that are worth several threads
 
 
 class Named(Protocol):
@@ -128,33 +130,61 @@ def put(spec: WeightSpec, source: Source, name: str) -> jax.Array:
         assert index is not None
         key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
         devices_of.setdefault(key, []).append(device)
-    with ThreadPoolExecutor(max_workers=min(4, len(devices_of))) as pool:
-        parts = list(pool.map(lambda bounds: read_slice(spec, source, name, bounds), devices_of))
+    slices = {bounds: _empty(spec, bounds) for bounds in devices_of}
+    jobs = [
+        (piece, out[where])
+        for bounds, out in slices.items()
+        for piece, where in _pieces(bounds, source.axis(name), out.nbytes, len(slices))
+    ]
+    with ThreadPoolExecutor(max_workers=min(_THREADS, len(jobs))) as pool:
+        list(pool.map(lambda job: _fill(spec, source, name, *job), jobs))
     arrays = [
         jax.device_put(part, device)
-        for part, devices in zip(parts, devices_of.values(), strict=True)
+        for part, devices in zip(slices.values(), devices_of.values(), strict=True)
         for device in devices
     ]
     whole = jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
     return jax.block_until_ready(whole)  # bounds what is in flight to this one weight
 
 
-def read_slice(
-    spec: WeightSpec, source: Source, name: str, bounds: tuple[tuple[int, int], ...]
-) -> np.ndarray:
-    """``bounds`` of one weight in its final dtype, filled piece by piece.
+def read_slice(spec: WeightSpec, source: Source, name: str, bounds: Bounds) -> np.ndarray:
+    """``bounds`` of one weight in its final dtype."""
+    out = _empty(spec, bounds)
+    _fill(spec, source, name, bounds, out)
+    return out
 
-    The buffer is aligned so that a CPU device takes it over as it is: there, nothing but a piece
-    is ever in memory twice.
-    """
-    out = _aligned(tuple(b - a for a, b in bounds), spec.dtype)
+
+def _empty(spec: WeightSpec, bounds: Bounds, boundary: int = 64) -> np.ndarray:
+    """An uninitialised slice that begins on a multiple of ``boundary`` bytes, so that a CPU device
+    takes it over as it is: there, nothing but a piece is ever in memory twice."""
+    shape = tuple(b - a for a, b in bounds)
+    size = math.prod(shape) * spec.dtype.itemsize
+    raw = np.empty(size + boundary, np.uint8)
+    start = -raw.ctypes.data % boundary
+    return raw[start : start + size].view(spec.dtype).reshape(shape)
+
+
+def _pieces(bounds: Bounds, axis: int, nbytes: int, others: int):
+    """A slice as enough pieces for all threads, where it is large: (bounds, where in it)."""
+    low, high = bounds[axis]
+    count = -(-_THREADS // others) if nbytes >= _LARGE else 1
+    step = max(1, -(-(high - low) // count))
+    for begin in range(low, high, step):
+        end = min(begin + step, high)
+        where = [slice(None)] * len(bounds)
+        where[axis] = slice(begin - low, end - low)
+        yield (*bounds[:axis], (begin, end), *bounds[axis + 1 :]), tuple(where)
+
+
+def _fill(spec: WeightSpec, source: Source, name: str, bounds: Bounds, out: np.ndarray) -> None:
+    """Read ``bounds`` of one weight into ``out``, cast and checked, piece by piece."""
     # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
     stored = tuple((a, min(b, n)) for (a, b), n in zip(bounds, spec.stored, strict=True))
     counts = tuple(max(0, b - a) for a, b in stored)
     if counts != out.shape:
         out[...] = 0
     if not all(counts):
-        return out
+        return
     filled = out[tuple(slice(0, n) for n in counts)]
     kept = READABLE[source.tensors[name].dtype] in (spec.dtype.name, *_WITHIN[spec.dtype.name])
     for where, part in source.parts(name, stored, filled):
@@ -163,7 +193,6 @@ def read_slice(
             cast_into(target, part)
         if not (source.finite and kept):
             _refuse_nonfinite(target, part, source, name)
-    return out
 
 
 # What a cast cannot make infinite: stored dtypes, by the wanted one.
@@ -179,14 +208,6 @@ def _refuse_nonfinite(target: np.ndarray, part: np.ndarray | None, source: Sourc
     if all_finite(part):
         what = f"is too large for {target.dtype.name}; use dtype=bfloat16 or float32"
     raise CheckpointError(f"{source.tensors[name].file}: {name} {what}")
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype, boundary: int = 64) -> np.ndarray:
-    """An uninitialised array that begins on a multiple of ``boundary`` bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + boundary, np.uint8)
-    start = -raw.ctypes.data % boundary
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}

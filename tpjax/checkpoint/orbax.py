@@ -113,6 +113,10 @@ class OrbaxFolder:
         except CheckpointError as error:
             yield str(error)
 
+    def axis(self, path: str) -> int:
+        """Along which to divide a slice between threads: then no chunk is read twice."""
+        return self.weights[path].layout.axis
+
     def parts(
         self, path: str, bounds: Bounds, out: np.ndarray
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray | None]]:

@@ -115,6 +115,10 @@ class SafetensorsFolder:
         """What the weight at one of our paths is called here."""
         return family.source(path)
 
+    def axis(self, name: str) -> int:
+        """Along which to divide a slice between threads."""
+        return 0
+
     def parts(
         self, name: str, bounds: tuple[tuple[int, int], ...], out: np.ndarray
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
