@@ -19,7 +19,14 @@ from checkpoints_tools import orbax_files
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
 from checkpoints_tools.sources import Headers, stored_rows
-from checkpoints_tools.staging import Staging, check_places, named, partial_of, stage
+from checkpoints_tools.staging import (
+    Staging,
+    check_places,
+    is_partial,
+    named,
+    partial_of,
+    stage,
+)
 from checkpoints_tools.workers import Budget, Workers, divide
 from tpjax import __version__
 from tpjax.checkpoint.layout import NUMPY
@@ -68,28 +75,32 @@ def convert(
     """
     if resume and overwrite:
         raise UsageError("--resume goes on and --overwrite starts again: give one of them")
+    if dtype is not None and dtype not in NUMPY:
+        raise UsageError(f"dtype={dtype!r}: known are {', '.join(NUMPY)}")
+    if not 0 < max_host_gb < 1e6:
+        raise UsageError(f"max_host_gb={max_host_gb}: give a number of GB above 0")
     dst = Path(os.path.abspath(dst))
     conversion = plan(src, dtype=dtype, data=data, tensor=tensor, rep=rep)
     if isinstance(conversion.source, Headers):
         raise UsageError(f"{src}: a config without weights can only be planned: add --dry-run")
     budget = conversion.budget(int(max_host_gb * 1e9))
     check_places(conversion.folder.path, dst)
-    if _already(conversion, dst, resume, overwrite):
-        return _result(conversion, dst, 0, budget) | {"already_complete": True}
-    if partial_of(dst).exists() and not (resume or overwrite):
+    _already(conversion, dst, resume, overwrite)
+    if is_partial(dst) and not (resume or overwrite):
         raise UsageError(
             f"{partial_of(dst)}: an unfinished conversion; --resume goes on with it, --overwrite"
             " starts again"
         )
     with stage(dst) as staging:
-        # Another process may have finished since.
+        # Looked at again: another process may have finished since, or a replacement been undone.
         if _already(conversion, dst, resume, overwrite):
+            staging.remove()
             return _result(conversion, dst, 0, budget) | {"already_complete": True}
-        if resume and is_checkpoint(staging.path):  # all but the renaming was done
+        done = _resumed(conversion, staging, dtype, resume)
+        if resume and staging.complete():
             OrbaxFolder(staging.path)
             staging.commit()
             return _result(conversion, dst, 0, budget)
-        done = _resumed(conversion, staging, dtype, resume)
         todo = [item for item in conversion.items if item.spec.path not in done]
         _check_space(dst, sum(item.layout.file_bytes for item in todo))
         on_total(sum(item.source_bytes for item in todo))
@@ -308,7 +319,7 @@ def _finish(conversion: Conversion, staging: Staging, records, copies, dtype: st
         small[f"{WEIGHTS}/{item.spec.path}/zarr.json"] = item.layout.zarr_json
     for path in sorted(conversion.folder.path.iterdir()):
         if keep(path):
-            small[path.name] = path.read_bytes()
+            small[path.name] = read_small(path)
     if dtype is not None:
         small["config.json"] = _with_dtype(small["config.json"], dtype)
     for name, content in small.items():
@@ -332,6 +343,14 @@ def _finish(conversion: Conversion, staging: Staging, records, copies, dtype: st
         )
     staging.write(MANIFEST, manifest.sealed())
     staging.commit()
+
+
+def read_small(path: Path) -> bytes:
+    """A file beside the weights."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; download it again") from error
 
 
 def keep(path: Path) -> bool:

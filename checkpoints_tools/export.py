@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.sources import stored_rows
-from checkpoints_tools.staging import check_places, named, partial_of, stage
+from checkpoints_tools.staging import check_places, is_partial, named, partial_of, stage
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
-from tpjax.checkpoint.manifest import JOURNAL, MANIFEST, WEIGHTS, Source, Weight
+from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.checkpoint.safetensors import INDEX, READABLE, SINGLE
 from tpjax.errors import CheckpointError, UsageError
@@ -53,7 +53,7 @@ def export(
     check_places(src, dst)
     if dst.is_dir() and any(dst.iterdir()):
         raise UsageError(f"{dst}: a tpjax checkpoint; give a new folder")
-    if (partial_of(dst) / JOURNAL).exists():
+    if is_partial(dst):
         raise UsageError(f"{partial_of(dst)}: an unfinished conversion; give another folder")
     files = _files(source)
     tensors = [tensor for shard in files.values() for tensor in shard]

@@ -115,4 +115,9 @@ def lines(about: dict, weights: bool) -> list[str]:
         for name, of in about["weights"].items():
             out.append(f"  {name}  {of['shape']}  {of['dtype']}  {of['file']}")
     out += [f"problem: {problem}" for problem in about["problems"]]
-    return out
+    return [printable(line) for line in out]
+
+
+def printable(line: str) -> str:
+    """What can be shown of a line in which names of a file stand: it stays one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -178,6 +178,11 @@ class TorchRows:
         for name, tensor in state.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}, no tensor")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise CheckpointError(
+                    f"{path}: {name} is {tensor.layout} on {tensor.device}, not values one after"
+                    " the other; load it with torch and save it again"
+                )
             if name in self.tensors:
                 raise CheckpointError(
                     f"{path}: holds {name}, and so does {self.tensors[name].file.name};"

@@ -1,8 +1,9 @@
 """A folder that appears whole or not at all.
 
-Everything is written to ``DST.partial`` and renamed to ``DST`` at the very end. A lock in it keeps
-a second process away; a journal in it says which weights are done, for a resumed run. The lock is
-the kernel's, so a killed process leaves none behind.
+All work happens in ``DST.partial``: a lock that keeps a second process away, a journal that says
+which weights are done, the new folder, and at the end for a moment the old one. Nothing in there is
+``DST`` before one rename makes it so. The lock is the kernel's, so a killed process leaves none
+behind; its file is also the sign that the folder is this tool's to empty.
 """
 
 import errno
@@ -12,20 +13,22 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpjax.checkpoint.manifest import JOURNAL, MANIFEST
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError, listing
 
 LOCK = ".lock"
+_NEW, _OLD = "new", "old"
 
 
 class Staging:
-    """The unfinished folder, locked. Use `stage`."""
+    """The unfinished folder, ``path``, and the work folder around it, locked. Use `stage`."""
 
     def __init__(self, dst: Path, lock: int):
-        self.dst, self.path, self._lock = dst, partial_of(dst), lock
+        self.dst, self._work, self._lock = dst, partial_of(dst), lock
+        self.path = self._work / _NEW
         self.about: dict = {}
         self._journal: int | None = None
         self._writing = threading.Lock()
@@ -39,13 +42,15 @@ class Staging:
         self.about = about
         if not resume:
             self.clear()
-        journal = self.path / JOURNAL
-        lines = _whole_lines(journal) if journal.exists() else []
+        journal = self._work / JOURNAL
+        lines, whole = _whole_lines(journal)
         if lines:
             self._compare(lines[0], about)
-        self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with named(journal):
+            self.path.mkdir(exist_ok=True)
+            self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._journal, whole)
         if not lines:
-            os.ftruncate(self._journal, 0)
             self.record(about)
         return lines[1:]
 
@@ -53,13 +58,13 @@ class Staging:
         changed = [f for f, of in begun.get("files", {}).items() if about["files"].get(f) != of]
         if changed:
             raise CheckpointError(
-                f"{self.path}: the source has changed since this conversion began:"
+                f"{self._work}: the source has changed since this conversion began:"
                 f" {listing(changed, 3)}; --overwrite starts again"
             )
         other = [word for word in about if begun.get(word) != about[word]]
         if other:
             raise UsageError(
-                f"{self.path}: begun with another {listing(other)}; give the same, or --overwrite"
+                f"{self._work}: begun with another {listing(other)}; give the same, or --overwrite"
                 " to start again"
             )
 
@@ -67,16 +72,17 @@ class Staging:
         """One line, on disk before this returns."""
         line = json.dumps(record).encode() + b"\n"
         assert self._journal is not None
-        with self._writing, named(self.path / JOURNAL):
+        with self._writing, named(self._work / JOURNAL):
             os.write(self._journal, line)
             os.fsync(self._journal)
 
     def clear(self) -> None:
-        """Remove everything but the lock."""
-        for entry in self.path.iterdir():
-            if entry.name == LOCK:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Forget what an earlier run has begun."""
+        with named(self.path):
+            (self._work / JOURNAL).unlink(missing_ok=True)
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir()
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, on disk before this returns."""
@@ -88,39 +94,50 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def complete(self) -> bool:
+        """Whether nothing is missing but the renaming."""
+        return (self.path / MANIFEST).exists()
+
     def commit(self) -> None:
         """Rename to the final name, in the place of a checkpoint that is there."""
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
-        (self.path / JOURNAL).unlink(missing_ok=True)
-        for folder, _, _ in os.walk(self.path):
-            sync_folder(Path(folder))
-        replaced = replaced_of(self.dst)
+        old = self._work / _OLD
         with named(self.dst):
-            if self.dst.exists() and any(self.dst.iterdir()):
-                self.dst.rename(replaced)
-            # Whoever waits for the lock sees that its file has gone, and looks again.
-            (self.path / LOCK).unlink()
-            self.path.rename(self.dst)
+            for folder, _, _ in os.walk(self.path):
+                sync_folder(Path(folder))
+            replaces = self.dst.exists() and any(self.dst.iterdir())
+            if replaces:
+                self.dst.rename(old)
+            try:
+                self.path.rename(self.dst)
+            except OSError:
+                if replaces:
+                    old.rename(self.dst)
+                raise
             sync_folder(self.dst.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        self.remove()
+
+    def remove(self) -> None:
+        """The work folder, once nothing in it is needed any more. The lock goes last: whoever waits
+        for it sees that its file has gone, and looks again."""
+        for entry in sorted(self._work.iterdir(), key=lambda path: path.name == LOCK):
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+        self._work.rmdir()
 
     def close(self) -> None:
-        """Give the lock back; an unfinished folder stays only if it holds something done."""
+        """Give the lock back; the work folder stays only if it holds something done."""
         if self._journal is not None:
             os.close(self._journal)
-        journal = self.path / JOURNAL
-        if self.path.exists() and (not journal.exists() or len(_whole_lines(journal)) < 2):
-            if not (self.path / MANIFEST).exists():
-                shutil.rmtree(self.path, ignore_errors=True)
+        begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
+        if self._work.exists() and not begun and not (self._work / _OLD).exists():
+            with suppress(OSError):
+                self.remove()
         os.close(self._lock)
 
 
 @contextmanager
 def stage(dst: Path) -> Iterator[Staging]:
     """The staging folder of ``dst``, for this process alone. Raises ResourceError if another one
-    has it."""
+    has it, UsageError if its place is taken by something else."""
     staging = Staging(dst, _locked(dst))
     try:
         _repair(dst)
@@ -134,6 +151,9 @@ def check_places(src: Path, dst: Path) -> None:
     real, target = src.resolve(), dst.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
         raise UsageError(f"{dst}: inside the source {src}, or around it; give another folder")
+    work = partial_of(target)
+    if real.is_relative_to(work):
+        raise UsageError(f"{dst}: its work folder would be the source {src}; give another folder")
     if dst.is_dir() and any(dst.iterdir()) and not (dst / MANIFEST).is_file():
         raise UsageError(f"{dst}: not empty, and no tpjax checkpoint; give a new folder")
     if dst.exists() and not dst.is_dir():
@@ -141,18 +161,28 @@ def check_places(src: Path, dst: Path) -> None:
 
 
 def partial_of(dst: Path) -> Path:
+    """The work folder of ``dst``."""
     return dst.with_name(dst.name + ".partial")
 
 
-def replaced_of(dst: Path) -> Path:
-    return dst.with_name(dst.name + ".replaced")
+def is_partial(dst: Path) -> bool:
+    """Whether a conversion to ``dst`` was begun and has something done."""
+    return (partial_of(dst) / JOURNAL).exists()
 
 
 def _locked(dst: Path) -> int:
-    path = partial_of(dst) / LOCK
+    work = partial_of(dst)
+    path = work / LOCK
     while True:
         with named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            work.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                work.mkdir()
+            except FileExistsError as error:
+                if not work.is_dir() or (any(work.iterdir()) and not path.exists()):
+                    raise UsageError(
+                        f"{work}: in the way, and not this tool's; move it, or give another folder"
+                    ) from error
             try:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # renamed in between
@@ -160,8 +190,9 @@ def _locked(dst: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock).st_ino == os.stat(path).st_ino:
-                os.ftruncate(lock, 0)
-                os.write(lock, str(os.getpid()).encode())
+                with suppress(OSError):  # the number is only told to others
+                    os.ftruncate(lock, 0)
+                    os.write(lock, str(os.getpid()).encode())
                 return lock
         except BlockingIOError as error:
             owner = os.read(lock, 20).decode() or "unknown"
@@ -179,25 +210,31 @@ def _locked(dst: Path) -> int:
 
 
 def _repair(dst: Path) -> None:
-    """Undo or finish what a kill between the renames of a replacement has left."""
-    replaced = replaced_of(dst)
-    if not replaced.exists():
+    """Undo or clear up what a kill between the renames of a replacement has left."""
+    old = partial_of(dst) / _OLD
+    if not old.exists():
         return
     if dst.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-    elif not (partial_of(dst) / MANIFEST).exists():
-        replaced.rename(dst)
+        shutil.rmtree(old)
+    elif not (partial_of(dst) / _NEW / MANIFEST).exists():
+        old.rename(dst)
 
 
-def _whole_lines(journal: Path) -> list[dict]:
-    """The records, without a last one that was cut off by a kill."""
-    lines = []
-    for line in journal.read_bytes().split(b"\n"):
+def _whole_lines(journal: Path) -> tuple[list[dict], int]:
+    """The records, and how many bytes they take: a last one may have been cut off by a kill."""
+    lines, whole = [], 0
+    if not journal.exists():
+        return lines, whole
+    for line in journal.read_bytes().splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
-    return lines
+        if not line.endswith(b"\n"):
+            break
+        lines.append(record)
+        whole += len(line)
+    return lines, whole
 
 
 def sync_folder(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from checkpoints_tools.convert import keep
+from checkpoints_tools.convert import keep, read_small
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
 from checkpoints_tools.sources import Headers
@@ -198,6 +198,6 @@ def _differences(
         if not keep(path) or (cast and path.name == "config.json"):
             continue
         info = source.manifest.files.get(path.name)
-        if info is None or info.digest != xxhash.xxh3_128_hexdigest(path.read_bytes()):
+        if info is None or info.digest != xxhash.xxh3_128_hexdigest(read_small(path)):
             problems.append(f"{path}: not the file that went into the checkpoint")
     return problems

@@ -348,6 +348,7 @@ def test_resuming_with_another_source(folder, dst, monkeypatch, change):
 def test_resuming_with_another_dtype(folder, dst, monkeypatch, nearly):
     if nearly:
         convert(folder, dst)
+        (dst / ".lock").write_text(str(os.getpid()))
         dst.rename(partial_of(dst))
     else:
         begin(folder, dst, monkeypatch)

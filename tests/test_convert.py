@@ -400,15 +400,22 @@ def test_resumes_without_converting_again(model, tmp_path, monkeypatch):
     assert convert(model, tmp_path / "m", resume=True)["already_complete"]
 
 
-def test_a_torn_journal_line_is_done_again(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_torn_journal_line_is_done_again(model, tmp_path, cut, monkeypatch):
+    """And spoils no line that is written after it."""
     convert(model, tmp_path / "whole")
     monkeypatch.setattr("checkpoints_tools.convert._finish", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(model, tmp_path / "m")
     monkeypatch.undo()
     journal = partial_of(tmp_path / "m") / ".journal"
-    journal.write_bytes(journal.read_bytes()[:-20])
-    assert convert(model, tmp_path / "m", resume=True)["converted_now"] == 1
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    monkeypatch.setattr("checkpoints_tools.convert._finish", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "m", resume=True)
+    monkeypatch.undo()
+    assert journal.read_bytes().count(b"\n") == 1 + len(Manifest.read(tmp_path / "whole").weights)
+    assert convert(model, tmp_path / "m", resume=True)["converted_now"] == 0
     assert contents(tmp_path / "m") == contents(tmp_path / "whole")
 
 
@@ -450,7 +457,10 @@ def test_a_replaced_checkpoint_is_given_back(model, tmp_path):
     """The old one was set aside and the new one is gone, whoever removed it."""
     convert(model, tmp_path / "m")
     old = contents(tmp_path / "m")
-    (tmp_path / "m").rename(tmp_path / "m.replaced")
+    work = partial_of(tmp_path / "m")
+    work.mkdir()
+    (work / ".lock").touch()
+    (tmp_path / "m").rename(work / "old")
     with refused(UsageError, "there is a checkpoint already", "--overwrite"):
         convert(model, tmp_path / "m")
     assert contents(tmp_path / "m") == old

@@ -146,14 +146,14 @@ class Manifest:
             **{word: about[word] for word in words},
             weights=tuple(weight_of(record) for record in about["weights"]),
             files={inside(name): FileInfo(**info) for name, info in about["files"].items()},
-            copies={path: Source(**source) for path, source in about["copies"].items()},
+            copies={path: _source(source) for path, source in about["copies"].items()},
             left_out=tuple(about["left_out"]),
         )
 
 
 def weight_of(record: dict) -> Weight:
     """A weight from its JSON object; raises KeyError, TypeError or ValueError for what is none."""
-    made: dict[str, Any] = record | {"source": Source(**record["source"])}
+    made: dict[str, Any] = record | {"source": _source(record["source"])}
     made |= {word: tuple(record[word]) for word in ("shape", "axes", "cut")}
     weight = Weight(**made)
     axis, width = weight.cut
@@ -168,8 +168,16 @@ def weight_of(record: dict) -> Weight:
     return weight
 
 
+def _source(record: dict) -> Source:
+    source = Source(**record)
+    inside(source.file)  # an export writes it
+    return source
+
+
 def inside(name: str) -> str:
     """``name``, if it is a relative path that stays inside the folder; raises ValueError."""
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no file's name")
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ValueError(f"{name!r} is not inside the folder")
