@@ -24,7 +24,7 @@ from checkpoints_tools.convert import convert
 from checkpoints_tools.export import export
 from checkpoints_tools.inspect import inspect
 from checkpoints_tools.sources import TORCH_INDEX, TORCH_SINGLE
-from checkpoints_tools.staging import Staging, partial_of, replaced_of, stage
+from checkpoints_tools.staging import Staging, partial_of, stage
 from checkpoints_tools.verify import verify
 from tests.bad import INDEX, NORM, WEIGHTS, Q, edit_json, edit_tensors, key, refused
 from tpjax.checkpoint.manifest import MANIFEST, NewerFormat
@@ -295,26 +295,24 @@ def test_a_place_that_cannot_be(folder, tmp_path, dst, place, error, said, how):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", [partial_of, replaced_of])
-def test_a_source_with_the_name_of_a_working_folder(folder, dst, name, how):
-    """DST.partial and DST.replaced are emptied, renamed and removed; not if they are the source."""
-    source = folder.rename(name(dst))
-    before = everything(source)
-    with suppress(UsageError):
+@pytest.mark.parametrize("place", ["made.partial", "made.partial/new"])
+def test_a_source_in_the_work_folder(folder, dst, place, how):
+    """DST.partial is emptied, renamed and removed."""
+    partial_of(dst).mkdir()
+    source = folder.rename(dst.with_name("x")).rename(dst.parent / place)
+    with refused_whole(dst, UsageError, source):
         convert(source, dst, **how)
-    assert everything(source) == before
 
 
 @pytest.mark.parametrize("verb", [convert, export])
-@pytest.mark.parametrize("name", [partial_of, replaced_of])
-def test_a_working_folder_that_is_somebody_elses(folder, made, tmp_path, name, verb):
-    """Nothing that this tool has not made goes, but by the user's word."""
-    precious = name(tmp_path / "other") / "precious"
-    precious.parent.mkdir()
-    precious.write_text("data")
-    with suppress(UsageError):
-        verb(folder if verb is convert else made, tmp_path / "other")
-    assert precious.read_text() == "data"
+def test_a_work_folder_that_is_somebody_elses(folder, made, verb):
+    """Nothing that this tool has not made goes."""
+    work = partial_of(made.with_name("other"))
+    work.mkdir()
+    (work / "precious").write_text("data")
+    for how in HOW if verb is convert else HOW[:1]:
+        with refused_whole(made, UsageError, work, "not this tool's"):
+            verb(folder if verb is convert else made, made.with_name("other"), **how)
 
 
 def test_a_finished_checkpoint_is_not_replaced_unasked(folder, made):
@@ -347,9 +345,9 @@ def test_resuming_with_another_source(folder, dst, monkeypatch, change):
 @pytest.mark.parametrize("nearly", [False, True], ids=["in the middle", "all but the renaming"])
 def test_resuming_with_another_dtype(folder, dst, monkeypatch, nearly):
     if nearly:
-        convert(folder, dst)
-        (dst / ".lock").write_text(str(os.getpid()))
-        dst.rename(partial_of(dst))
+        with monkeypatch.context() as patch, refused(RunError, dst):
+            fails(patch, "rename", errno.EIO, 0)
+            convert(folder, dst)
     else:
         begin(folder, dst, monkeypatch)
     with refused_whole(dst, UsageError, partial_of(dst), "another dtype", "--overwrite"):
@@ -359,8 +357,11 @@ def test_resuming_with_another_dtype(folder, dst, monkeypatch, nearly):
 @pytest.mark.parametrize("how", HOW)
 def test_a_second_converter(folder, dst, how):
     said = (dst, f"another process (number {os.getpid()})", "wait for it")
-    with stage(dst), refused_whole(dst, ResourceError, *said):
-        convert(folder, dst, **how)
+    with stage(dst) as first:
+        first.start({"files": {}}, resume=False)
+        with refused_whole(dst, ResourceError, *said):
+            convert(folder, dst, **how)
+    assert list(dst.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -380,7 +381,7 @@ def test_an_unfinished_checkpoint_is_none(folder, dst, monkeypatch, late):
     else:
         begin(folder, dst, monkeypatch)
     partial = partial_of(dst)
-    assert (partial / "config.json").exists() == late
+    assert (partial / "new" / "config.json").exists() == late
     for verb in (inspect, tpjax.LLM):
         with refused_whole(dst, CheckpointError, partial, "unfinished conversion"):
             verb(partial)
@@ -415,11 +416,11 @@ def test_a_disk_that_is_full(folder, converted, dst, monkeypatch, call, after, d
         fails(patch, call, errno.ENOSPC, after)
         convert(folder, dst, **ONE_WORKER, overwrite=dst_is_there)
     assert everything(dst) == before
-    done = finished(dst) or (partial_of(dst) / MANIFEST).exists()
-    assert partial_of(dst).exists() == bool(done) == (after > 8)
+    done = finished(dst) > 0
+    assert partial_of(dst).exists() == done == (after > 8)
     shutil.rmtree(dst, ignore_errors=True)
     result = convert(folder, dst, resume=True)
-    assert (result["converted_now"] < result["weights"]) == bool(done)
+    assert (result["converted_now"] < result["weights"]) == done
     assert everything(dst) == everything(converted)
 
 

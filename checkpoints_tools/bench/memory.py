@@ -113,13 +113,13 @@ def main() -> int:
             result["hard_limit_bytes"] = args.hard_limit_mb << 20
             result["hard_limit_exit"], result["hard_limit_seconds"] = held["exit"], held["seconds"]
         verified = run(["verify", str(dst), "--against", str(src), "--json", "--quiet"])
-        result["verify_exit"], result["verify_peak_anonymous_bytes"] = (
-            verified["exit"],
-            verified["peak"],
-        )
+        result["verify_exit"] = verified["exit"]
+        result["verify_peak_anonymous_bytes"] = verified["peak"]
+        orbax = [sys.executable, "-m", "checkpoints_tools.bench.orbax_restore", str(dst)]
+        result["orbax_restores_exit"] = subprocess.run(orbax, stdout=subprocess.DEVNULL).returncode
     print(json.dumps(result))
     limit = 450e6 + args.max_host_gb * 1e9
-    exits = [result["exit"], result.get("hard_limit_exit", 0), result["verify_exit"]]
+    exits = [code for word, code in result.items() if word.endswith("exit")]
     return int(result["peak_anonymous_bytes"] > limit or any(exits))
 
 

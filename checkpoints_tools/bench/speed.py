@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.bench import synthetic
+from checkpoints_tools.bench import orbax_restore, synthetic
 from tpjax import env
 
 _THREADS = 4  # of a restore
@@ -99,22 +99,6 @@ def restore(folder: Path, tensor: int, verify=None):
 
     table, family = tables(folder, tensor)
     return load.load(table, family, load.open_source(folder, verify))
-
-
-def orbax_restore(folder: Path, tensor: int):
-    """The same files by Orbax's own checkpointer, onto the same devices."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    table = tables(folder, tensor)[0]
-    target: dict = {}
-    for spec in table.specs:
-        *above, last = spec.path.split(".")
-        at = target
-        for key in above:
-            at = at.setdefault(key, {})
-        at[last] = jax.ShapeDtypeStruct(spec.stored, spec.dtype, sharding=spec.sharding)
-    return jax.block_until_ready(ocp.StandardCheckpointer().restore(folder / "weights", target))
 
 
 def tensorstore_write(src: Path, dst: Path) -> None:
@@ -205,7 +189,7 @@ def reading(src: Path, work: Path, rounds: int, gb: float) -> dict[str, list[flo
         ways[f"restore safetensors, tensor={tensor}"] = lambda n=tensor: restore(src, n)
         ways[f"restore, tensor={tensor}"] = lambda n=tensor: restore(done, n)
         ways[f"restore verify=full, tensor={tensor}"] = lambda n=tensor: restore(done, n, "full")
-        ways[f"Orbax's restore, tensor={tensor}"] = lambda n=tensor: orbax_restore(done, n)
+        ways[f"Orbax's restore, tensor={tensor}"] = lambda n=tensor: orbax_restore.restore(done, n)
     out: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in rotated(ways, number):
