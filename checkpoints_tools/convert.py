@@ -86,12 +86,12 @@ def convert(
     budget = conversion.budget(int(max_host_gb * 1e9))
     check_places(conversion.folder.path, dst)
     _already(conversion, dst, resume, overwrite)
-    if is_partial(dst) and not (resume or overwrite):
-        raise UsageError(
-            f"{partial_of(dst)}: an unfinished conversion; --resume goes on with it, --overwrite"
-            " starts again"
-        )
     with stage(dst) as staging:
+        if is_partial(dst) and not (resume or overwrite):
+            raise UsageError(
+                f"{partial_of(dst)}: an unfinished conversion; --resume goes on with it,"
+                " --overwrite starts again"
+            )
         # Looked at again: another process may have finished since, or a replacement been undone.
         if _already(conversion, dst, resume, overwrite):
             staging.remove()

@@ -22,6 +22,7 @@ from tpjax.checkpoint.safetensors import (
     SafetensorsFolder,
     TensorInfo,
     one_line,
+    open_file,
     read_exactly,
     read_json,
 )
@@ -246,7 +247,7 @@ def stored_rows(folder: Path, weight: Weight, scratch: np.ndarray) -> Iterator[R
 def opened(path: Path) -> Iterator[int]:
     """A file to read from, or CheckpointError."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     try:

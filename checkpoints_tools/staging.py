@@ -8,6 +8,7 @@ behind; its file is also the sign that the folder is this tool's to empty.
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -100,7 +101,8 @@ class Staging:
 
     def commit(self) -> None:
         """Rename to the final name, in the place of a checkpoint that is there."""
-        old = self._work / _OLD
+        taken = {path.name for path in _olds(self._work)}
+        old = self._work / next(n for i in itertools.count() if (n := f"{_OLD}-{i}") not in taken)
         with named(self.dst):
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
@@ -119,18 +121,23 @@ class Staging:
     def remove(self) -> None:
         """The work folder, once nothing in it is needed any more. The lock goes last: whoever waits
         for it sees that its file has gone, and looks again."""
-        for entry in sorted(self._work.iterdir(), key=lambda path: path.name == LOCK):
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
-        self._work.rmdir()
+        with suppress(OSError):  # what cannot be removed stays, with the lock that marks it as ours
+            for entry in self._work.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != LOCK:
+                    entry.unlink()
+            if [entry.name for entry in self._work.iterdir()] == [LOCK]:
+                (self._work / LOCK).unlink()
+                self._work.rmdir()
 
     def close(self) -> None:
         """Give the lock back; the work folder stays only if it holds something done."""
         if self._journal is not None:
             os.close(self._journal)
         begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
-        if self._work.exists() and not begun and not (self._work / _OLD).exists():
-            with suppress(OSError):
-                self.remove()
+        if self._work.exists() and not begun and not _olds(self._work):
+            self.remove()
         os.close(self._lock)
 
 
@@ -151,6 +158,9 @@ def check_places(src: Path, dst: Path) -> None:
     real, target = src.resolve(), dst.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
         raise UsageError(f"{dst}: inside the source {src}, or around it; give another folder")
+    for path in target.parents:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{dst}: cannot be made, {path} is a file; give another folder")
     work = partial_of(target)
     if real.is_relative_to(work):
         raise UsageError(f"{dst}: its work folder would be the source {src}; give another folder")
@@ -211,13 +221,16 @@ def _locked(dst: Path) -> int:
 
 def _repair(dst: Path) -> None:
     """Undo or clear up what a kill between the renames of a replacement has left."""
-    old = partial_of(dst) / _OLD
-    if not old.exists():
-        return
-    if dst.exists():
-        shutil.rmtree(old)
-    elif not (partial_of(dst) / _NEW / MANIFEST).exists():
-        old.rename(dst)
+    for old in _olds(partial_of(dst)):
+        if dst.exists() or not (old / MANIFEST).exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif not (partial_of(dst) / _NEW / MANIFEST).exists():
+            old.rename(dst)
+
+
+def _olds(work: Path) -> list[Path]:
+    """Checkpoints that were set aside; all but one are on their way out."""
+    return sorted(work.glob(f"{_OLD}*"))
 
 
 def _whole_lines(journal: Path) -> tuple[list[dict], int]:

@@ -62,6 +62,7 @@ def verify(
         if isinstance(conversion.source, Headers):
             raise UsageError(f"{against}: a config.json has no weights to compare with")
     problems = list(source.check())
+    sound = {weight.path for weight in source.weights.values() if source.is_sound(weight)}
     result["files"] = len(source.manifest.files)
     try:
         table = _table(folder, source, tensor)
@@ -76,11 +77,12 @@ def verify(
     total = sum(weight.layout.nbytes for weight in source.weights.values())
     on_total(total if conversion is None else total + conversion.source_bytes)
     budget = _BUDGET
-    largest = max(sum(_row_buffers(w)) for w in source.weights.values())
+    largest = max((sum(_row_buffers(source.weights[path])) for path in sound), default=0)
     if largest > budget.arena:
         budget = replace(budget, arena=largest)
     reading = _Reading(source, Workers(budget), on_bytes)
-    for found in reading.workers.run(reading.problems_of, table.specs):
+    specs = [spec for spec in table.specs if spec.path in sound]
+    for found in reading.workers.run(reading.problems_of, specs):
         problems += found
     if conversion is not None:
         problems += _differences(conversion, source, budget, on_bytes)

@@ -447,7 +447,7 @@ def test_a_replaced_checkpoint_is_given_back(model, tmp_path):
     work = partial_of(tmp_path / "m")
     work.mkdir()
     (work / ".lock").touch()
-    (tmp_path / "m").rename(work / "old")
+    (tmp_path / "m").rename(work / "old-0")
     with refused(UsageError, "there is a checkpoint already", "--overwrite"):
         convert(model, tmp_path / "m")
     assert contents(tmp_path / "m") == old

@@ -11,7 +11,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -128,39 +127,54 @@ class Manifest:
                 f"{path}: of format {version}, and this tpjax reads up to {VERSION}: upgrade tpjax"
                 + ("" if whole else ", or convert the source again if the file was damaged")
             )
-        if not whole or about["format"] != FORMAT:
+        if not whole or about.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path}: damaged or edited (it does not match its own digest); {DAMAGED}"
             )
         try:
             return cls._of(about)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{path}: not a manifest of format {VERSION} ({one_line(error)})"
             ) from error
 
     @classmethod
     def _of(cls, about: dict) -> "Manifest":
-        words = ("tool", "source", "mesh")
+        mesh = {str(axis): _whole(size) for axis, size in about["mesh"].items()}
         return cls(
-            **{word: about[word] for word in words},
+            tool=_text(about["tool"]),
+            source=_text(about["source"]),
+            mesh=mesh,
             weights=tuple(weight_of(record) for record in about["weights"]),
-            files={inside(name): FileInfo(**info) for name, info in about["files"].items()},
-            copies={path: _source(source) for path, source in about["copies"].items()},
-            left_out=tuple(about["left_out"]),
+            files={
+                inside(name): FileInfo(_whole(info["bytes"]), _text(info["digest"]))
+                for name, info in about["files"].items()
+            },
+            copies={_text(path): _source(source) for path, source in about["copies"].items()},
+            left_out=tuple(_text(name) for name in about["left_out"]),
         )
 
 
 def weight_of(record: dict) -> Weight:
     """A weight from its JSON object; raises KeyError, TypeError or ValueError for what is none."""
-    made: dict[str, Any] = record | {"source": _source(record["source"])}
-    made |= {word: tuple(record[word]) for word in ("shape", "axes", "cut")}
-    weight = Weight(**made)
-    axis, width = weight.cut
+    axis, width = map(_whole, record["cut"])
+    weight = Weight(
+        path=_text(record["path"]),
+        shape=tuple(map(_whole, record["shape"])),
+        dtype=_text(record["dtype"]),
+        axes=tuple(None if name is None else _text(name) for name in record["axes"]),
+        cut=(axis, width),
+        source=_source(record["source"]),
+        digest=_text(record["digest"]),
+        chunks=_text(record["chunks"]),
+        finite=record["finite"] is True,
+    )
     if not _PATH.fullmatch(weight.path) or weight.dtype not in NUMPY:
         raise ValueError(f"no weight: {weight.path!r} of {weight.dtype!r}")
     if not 0 <= axis < len(weight.shape) <= 2 or width < 1 or min(weight.shape) < 1:
         raise ValueError(f"{weight.path}: {weight.shape} cut by {weight.cut}")
+    if weight.layout.data_bytes >= 1 << 62:
+        raise ValueError(f"{weight.path}: {weight.shape} is more than any file holds")
     if len(weight.chunks) != weight.layout.chunks * _CHUNK_DIGEST:
         raise ValueError(
             f"{weight.path}: {weight.layout.chunks} chunks, digests of other than that"
@@ -169,16 +183,25 @@ def weight_of(record: dict) -> Weight:
 
 
 def _source(record: dict) -> Source:
-    source = Source(**record)
-    inside(source.file)  # an export writes it
-    return source
+    words = ("name", "dtype", "digest")
+    return Source(file=inside(record["file"]), **{word: _text(record[word]) for word in words})
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def inside(name: str) -> str:
     """``name``, if it is a relative path that stays inside the folder; raises ValueError."""
-    if not isinstance(name, str):
-        raise ValueError(f"{name!r} is no file's name")
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+    parts = Path(_text(name)).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or not name.isprintable():
         raise ValueError(f"{name!r} is not inside the folder")
     return name

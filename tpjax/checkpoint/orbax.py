@@ -17,7 +17,7 @@ import xxhash
 
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import DAMAGED, MANIFEST, Manifest, Weight
-from tpjax.checkpoint.safetensors import READABLE, TensorInfo, read_exactly
+from tpjax.checkpoint.safetensors import READABLE, TensorInfo, one_line, open_file, read_exactly
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family
 
@@ -70,7 +70,8 @@ class OrbaxFolder:
     def check(self) -> Iterator[str]:
         """A line for everything that is wrong, as far as can be told without reading all data."""
         yield from self.check_frames()
-        chunks = [(w, n) for w in self.weights.values() for n in range(w.layout.chunks)]
+        sound = [weight for weight in self.weights.values() if self.is_sound(weight)]
+        chunks = [(w, n) for w in sound for n in range(w.layout.chunks)]
         for weight, chunk in random.sample(chunks, min(_SAMPLE, len(chunks))):
             try:
                 with self._opened(weight) as fd:
@@ -86,12 +87,19 @@ class OrbaxFolder:
         for weight in self.weights.values():
             yield from self._check_frame(weight)
 
+    def is_sound(self, weight: Weight) -> bool:
+        """Whether a weight's file is there and of the right size and form."""
+        return not list(self._check_frame(weight))
+
     def _check_file(self, name: str, info) -> Iterator[str]:
         path = self.folder / name
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            yield f"{path}: {error.strerror or error}; {DAMAGED}"
+            if not path.is_file():  # a pipe would not end
+                yield f"{path}: no such file; {DAMAGED}"
+                return
+            content = path.read_bytes() if path.stat().st_size == info.bytes else b""
+        except (OSError, ValueError) as error:
+            yield f"{path}: {one_line(error)}; {DAMAGED}"
             return
         if (len(content), xxhash.xxh3_128_hexdigest(content)) != (info.bytes, info.digest):
             yield f"{path}: not the file the manifest lists (damaged or edited); {DAMAGED}"
@@ -200,7 +208,7 @@ class OrbaxFolder:
         """One file at a time: a large model has more weights than a process may open files."""
         path = self.folder / weight.file
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = open_file(path)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror} ({weight.path}); {DAMAGED}") from error
         try:

@@ -4,6 +4,7 @@ The safetensors library does the reading and judges every header; this file find
 everything that can be checked without reading a weight, and turns what is wrong into one line each.
 """
 
+import errno
 import json
 import math
 import os
@@ -154,6 +155,13 @@ def _offsets(path: Path) -> dict[str, int]:
         for name, info in header.items()
         if name != "__metadata__"
     }
+
+
+def open_file(path: Path) -> int:
+    """A descriptor to read a file from; raises OSError for a pipe, too, which might never open."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a file")
+    return os.open(path, os.O_RDONLY)
 
 
 def read_exactly(fd: int, offset: int, target: np.ndarray, where: Path) -> None:
