@@ -45,7 +45,10 @@ def convert_verb(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     result["seconds"] = round(seconds, 2)
     if result["already_complete"]:
-        line = f"{result['checkpoint']}: complete already, nothing to do"
+        line = (
+            f"{result['checkpoint']}: complete already, nothing to do (verify --against {args.src}"
+            " would tell whether the source is still the same)"
+        )
     else:
         line = (
             f"{result['checkpoint']}: {result['weights']} weights, {result['bytes'] / 1e9:.2f} GB,"

@@ -408,6 +408,7 @@ def test_a_manifest_of_weights_and_files_that_cannot_be(made):
     """Among them weights and files that are there, but outside the folder."""
     watch, about = made
     shutil.copytree(watch.folder / "weights" / "norm.w", watch.folder.parent / "norm.w")
+    shutil.copy(watch.folder / "config.json", watch.folder.parent / "secret.safetensors")
     one, other = about["weights"]
     paths = st.sampled_from(["../../norm.w", "a/../../../norm.w", *NAMES])
     weight = st.one_of(
