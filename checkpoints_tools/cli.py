@@ -103,7 +103,6 @@ def _add_export(verbs) -> None:
     add = parser.add_argument
     add("src", metavar="SRC", help="a tpjax checkpoint")
     add("dst", metavar="DST", help="a folder that does not exist yet")
-    add("--overwrite", action="store_true", help="start again where an export was interrupted")
     _add_common(parser, "checkpoints_tools.verbs:export_verb")
 
 

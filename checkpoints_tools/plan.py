@@ -169,6 +169,7 @@ def open_source(src: str | Path, headers_only: bool = False) -> tuple[Path, RowS
         path = folders.locate(src, weights=None)
         return path, hub_headers(str(src), path)
     path = folders.locate(src)
+    folders.refuse_unfinished(path)
     if (path / MANIFEST).is_file():
         raise UsageError(f"{src}: is a tpjax checkpoint already; `export` turns it back")
     if not os.path.isdir(src) and not any(path.glob("*.safetensors")):

@@ -7,6 +7,7 @@ and ``rows(name)``: a context in which any run of rows can be read into a buffer
 import contextlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,7 +120,8 @@ class SafetensorsRows(SafetensorsFolder):
 
 class TorchRows:
     """Legacy ``pytorch_model*.bin`` files: torch reads them, with ``weights_only=True``, which
-    refuses every pickle that would run code; their data stays mapped, never loaded whole."""
+    refuses every pickle that would run code; their data stays mapped, never loaded whole. (A file
+    that is cut while it is mapped ends the process: the kernel's way of saying so.)"""
 
     finite = False
 
@@ -163,7 +165,8 @@ class TorchRows:
                 " loaded whole; load it with torch and save it again"
             )
         try:
-            state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path}: refused, it would run code when read, or it is damaged"

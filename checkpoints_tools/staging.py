@@ -133,12 +133,14 @@ class Staging:
 
     def close(self) -> None:
         """Give the lock back; the work folder stays only if it holds something done."""
-        if self._journal is not None:
-            os.close(self._journal)
-        begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
-        if self._work.exists() and not begun and not _olds(self._work):
-            self.remove()
-        os.close(self._lock)
+        try:
+            if self._journal is not None:
+                os.close(self._journal)
+            begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
+            if self._work.exists() and not begun and not _olds(self._work):
+                self.remove()
+        finally:
+            os.close(self._lock)
 
 
 @contextmanager
@@ -243,7 +245,7 @@ def _whole_lines(journal: Path) -> tuple[list[dict], int]:
             record = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n"):
+        if not isinstance(record, dict) or not line.endswith(b"\n"):
             break
         lines.append(record)
         whole += len(line)
