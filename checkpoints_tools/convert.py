@@ -18,10 +18,12 @@ import xxhash
 from checkpoints_tools import orbax_files
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
-from checkpoints_tools.sources import Headers, stored_rows
+from checkpoints_tools.sources import Headers, RowSource, blank_padding, stored_rows
 from checkpoints_tools.staging import (
     Staging,
+    check_dst,
     check_places,
+    foreign,
     is_partial,
     named,
     partial_of,
@@ -30,7 +32,7 @@ from checkpoints_tools.staging import (
 from checkpoints_tools.workers import Budget, Workers, divide
 from tpjax import __version__
 from tpjax.checkpoint.layout import NUMPY
-from tpjax.checkpoint.load import all_finite, cast_into, differs
+from tpjax.checkpoint.load import all_finite, cast_into, differs, nonfinite
 from tpjax.checkpoint.manifest import (
     MANIFEST,
     VERSION,
@@ -42,7 +44,7 @@ from tpjax.checkpoint.manifest import (
     weight_of,
 )
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
-from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError
+from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError, listing
 
 DEFAULT_GB = 1.0
 OnBytes = Callable[[int], object]
@@ -79,7 +81,8 @@ def convert(
         raise UsageError(f"dtype={dtype!r}: known are {', '.join(NUMPY)}")
     if not 0 < max_host_gb < 1e6:
         raise UsageError(f"max_host_gb={max_host_gb}: give a number of GB above 0")
-    dst = Path(os.path.abspath(dst))
+    dst = Path(os.path.realpath(os.path.expanduser(dst)))
+    check_dst(dst)
     conversion = plan(src, dtype=dtype, data=data, tensor=tensor, rep=rep)
     if isinstance(conversion.source, Headers):
         raise UsageError(f"{src}: a config without weights can only be planned: add --dry-run")
@@ -96,18 +99,19 @@ def convert(
         if _already(conversion, dst, resume, overwrite):
             staging.remove()
             return _result(conversion, dst, 0, budget) | {"already_complete": True}
-        done = _resumed(conversion, staging, dtype, resume)
+        done = _resumed(conversion, staging, dtype, resume, allow_nonfinite)
         if resume and staging.complete():
             OrbaxFolder(staging.path)
-            staging.commit()
+            staging.commit(overwrite)
             return _result(conversion, dst, 0, budget)
         todo = [item for item in conversion.items if item.spec.path not in done]
         _check_space(dst, sum(item.layout.file_bytes for item in todo))
         on_total(sum(item.source_bytes for item in todo))
+        copies = _copies(conversion, budget)
         job = _Job(conversion, staging, Workers(budget), allow_nonfinite, on_bytes)
         records = done | job.run(todo)
-        copies = _copies(conversion, records, budget)
-        _finish(conversion, staging, records, copies, dtype)
+        _finish(conversion, staging, records, copies)
+        staging.commit(overwrite)
     return _result(conversion, dst, len(todo), budget)
 
 
@@ -125,9 +129,24 @@ def _result(conversion: Conversion, dst: Path, converted: int, budget: Budget) -
 
 def _already(conversion: Conversion, dst: Path, resume: bool, overwrite: bool) -> bool:
     """Whether ``dst`` is what this would make; refuses a checkpoint that must not be touched."""
-    if not is_checkpoint(dst) or overwrite:
+    if not is_checkpoint(dst):
+        return False
+    if overwrite:
+        there = OrbaxFolder(dst, verify=None).manifest
+        if others := foreign(dst, [*there.files, WEIGHTS]):
+            raise UsageError(
+                f"{dst}: holds {listing(others, 3)}, not of the checkpoint; move it, then"
+                " --overwrite"
+            )
         return False
     if resume:
+        files = OrbaxFolder(dst).manifest.source_files
+        now = source_files(conversion)
+        if changed := [name for name in now if files.get(name) != now[name]]:
+            raise UsageError(
+                f"{dst}: was made from another source, or it has changed since:"
+                f" {listing(changed, 3)}; --overwrite replaces the checkpoint"
+            )
         made = {
             (w.path, w.shape, w.dtype, w.source.name) for w in OrbaxFolder(dst).manifest.weights
         }
@@ -149,15 +168,25 @@ def _check_space(dst: Path, needed: int) -> None:
 
 def _about(conversion: Conversion, dtype: str | None) -> dict:
     """What a resumed run must have in common with the one before."""
-    files = {}
-    for path in [conversion.folder.path / "config.json", *conversion.source.files]:
-        stat = path.stat()
-        files[str(path.relative_to(conversion.folder.path))] = [stat.st_size, stat.st_mtime_ns]
+    files = {name: list(of) for name, of in source_files(conversion).items()}
     return {"version": VERSION, "tpjax": __version__, "dtype": dtype, "files": files}
 
 
+def source_files(conversion: Conversion) -> dict[str, tuple[int, int]]:
+    """Size and modification time of what the weights come from."""
+    folder, files = conversion.folder.path, {}
+    for path in [folder / "config.json", *conversion.source.files]:
+        stat = path.stat()
+        files[str(path.relative_to(folder))] = (stat.st_size, stat.st_mtime_ns)
+    return files
+
+
 def _resumed(
-    conversion: Conversion, staging: Staging, dtype: str | None, resume: bool
+    conversion: Conversion,
+    staging: Staging,
+    dtype: str | None,
+    resume: bool,
+    allow_nonfinite: bool,
 ) -> dict[str, Weight]:
     """The weights an earlier run has written and compared, with their files in place."""
     wanted = {item.spec.path: item for item in conversion.items}
@@ -169,7 +198,8 @@ def _resumed(
         except (KeyError, TypeError, ValueError, OSError):
             continue
         item = wanted.get(weight.path)
-        if item is not None and weight.layout == item.layout and size == item.layout.file_bytes:
+        same = item is not None and weight.layout == item.layout
+        if same and size == weight.layout.file_bytes and (weight.finite or allow_nonfinite):
             done[weight.path] = weight
     return done
 
@@ -252,7 +282,7 @@ class _Job:
         if item.casts:
             target = rows.view(NUMPY[item.layout.dtype])
             cast_into(target, stored)
-            if finite and not all_finite(target):
+            if nonfinite(target) != (0 if finite else nonfinite(stored)):
                 raise CheckpointError(
                     f"{item.info.file}: {item.name} is too large for {item.layout.dtype}; use"
                     " bfloat16 or float32"
@@ -269,7 +299,8 @@ class _Job:
                 part = rows[: layout.rows - first]
                 read(first, part)
                 digests.add(part, layout.cut(part, cut.reshape(-1)))
-        if digests.finish() != (weight.digest, weight.chunks):
+        same = digests.finish() == (weight.digest, weight.chunks)
+        if not same or not blank_padding(self.staging.path, weight):
             raise RunError(
                 f"{self.staging.path / weight.file}: {weight.path} was not read back as it was"
                 " written; check the disk and the memory of this machine, then --resume"
@@ -286,8 +317,8 @@ def _put(fd: int, layout, first: int, count: int, cut: np.ndarray) -> None:
             at, offset = at + wrote, offset + wrote
 
 
-def _copies(conversion: Conversion, records: dict[str, Weight], budget: Budget) -> dict:
-    """The tied copies of the source, which must be equal to what they copy."""
+def _copies(conversion: Conversion, budget: Budget) -> dict[str, Source]:
+    """The tied copies of the source, which must be equal to what they copy; looked at first."""
     source = conversion.source
     found = {}
     for path, info in conversion.copies.items():
@@ -295,24 +326,30 @@ def _copies(conversion: Conversion, records: dict[str, Weight], budget: Budget) 
             conversion.copy_names[path],
             next(i for i in conversion.items if i.spec.path == path),
         )
-        digest = xxhash.xxh3_128()
-        arena = np.empty(budget.arena, np.uint8)
-        _, (buffer,) = divide(arena, item.layout.rows, item.source_row_bytes)
-        if (info.shape, info.dtype) == (item.info.shape, item.info.dtype):
-            with source.rows(name) as read:
-                for first in range(0, item.layout.rows, len(buffer)):
-                    rows = buffer[: item.layout.rows - first]
-                    read(first, rows)
-                    digest.update(rows.reshape(-1).data)
-        if digest.hexdigest() != records[path].source.digest:
+        if (info.shape, info.dtype) != (item.info.shape, item.info.dtype):
+            raise differs(source, name, item.name)
+        digest = _digest(source, item, name, budget)
+        if digest != _digest(source, item, item.name, budget):
             raise differs(source, name, item.name)
         file = str(info.file.relative_to(conversion.folder.path))
-        found[path] = Source(file, name, info.dtype, digest.hexdigest())
+        found[path] = Source(file, name, info.dtype, digest)
     return found
 
 
-def _finish(conversion: Conversion, staging: Staging, records, copies, dtype: str | None) -> None:
-    """The files beside the weights, the manifest, and the rename."""
+def _digest(source: RowSource, item: Item, name: str, budget: Budget) -> str:
+    """Of a tensor of the shape and dtype of ``item``'s."""
+    digest, arena = xxhash.xxh3_128(), np.empty(budget.arena, np.uint8)
+    _, (buffer,) = divide(arena, item.layout.rows, item.source_row_bytes)
+    with source.rows(name) as read:
+        for first in range(0, item.layout.rows, len(buffer)):
+            rows = buffer[: item.layout.rows - first]
+            read(first, rows)
+            digest.update(rows.reshape(-1).data)
+    return digest.hexdigest()
+
+
+def _finish(conversion: Conversion, staging: Staging, records, copies) -> None:
+    """The files beside the weights, and the manifest."""
     weights = tuple(records[item.spec.path] for item in conversion.items)
     small = orbax_files.metadata(weights)
     for item in conversion.items:
@@ -320,8 +357,8 @@ def _finish(conversion: Conversion, staging: Staging, records, copies, dtype: st
     for path in sorted(conversion.folder.path.iterdir()):
         if keep(path):
             small[path.name] = read_small(path)
-    if dtype is not None:
-        small["config.json"] = _with_dtype(small["config.json"], dtype)
+    if any(item.casts for item in conversion.items):
+        small["config.json"] = _with_dtype(small["config.json"], weights[0].dtype)
     for name, content in small.items():
         staging.write(name, content)
     manifest = Manifest(
@@ -333,16 +370,16 @@ def _finish(conversion: Conversion, staging: Staging, records, copies, dtype: st
             name: FileInfo(len(content), xxhash.xxh3_128_hexdigest(content))
             for name, content in sorted(small.items())
         },
+        source_files=source_files(conversion),
         copies=copies,
         left_out=conversion.left_out,
     )
-    if staging.about != _about(conversion, dtype):
+    if staging.about != _about(conversion, staging.about["dtype"]):
         raise CheckpointError(
             f"{conversion.folder.path}: the source has changed while it was converted; --overwrite"
             " starts again"
         )
     staging.write(MANIFEST, manifest.sealed())
-    staging.commit()
 
 
 def read_small(path: Path) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.sources import stored_rows
-from checkpoints_tools.staging import check_places, is_partial, named, partial_of, stage
+from checkpoints_tools.staging import check_dst, check_places, is_partial, named, partial_of, stage
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
 from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
@@ -46,19 +46,21 @@ def export(
 
     Raises CheckpointError naming the weight and file that do not match the manifest.
     """
-    src, dst = Path(src), Path(os.path.abspath(dst))
+    src = Path(os.path.expanduser(src))
+    dst = Path(os.path.realpath(os.path.expanduser(dst)))
     if not is_checkpoint(src):
         raise CheckpointError(f"{src}: no {MANIFEST}; give a tpjax checkpoint")
-    source = OrbaxFolder(src)
-    check_places(src, dst)
+    check_dst(dst)
     if dst.is_dir() and any(dst.iterdir()):
         raise UsageError(f"{dst}: a tpjax checkpoint; give a new folder")
-    if is_partial(dst):
-        raise UsageError(f"{partial_of(dst)}: an unfinished conversion; give another folder")
+    source = OrbaxFolder(src)
+    check_places(src, dst)
     files = _files(source)
     tensors = [tensor for shard in files.values() for tensor in shard]
     on_total(sum(tensor.weight.layout.nbytes for tensor in tensors))
     with stage(dst) as staging:
+        if is_partial(dst):
+            raise UsageError(f"{partial_of(dst)}: an unfinished conversion; give another folder")
         staging.clear()  # what an export that was killed has left
         for file, shard in files.items():
             staging.write(file, _header(shard))

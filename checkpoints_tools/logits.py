@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_tools.plan import open_source
+from tpjax.checkpoint.manifest import Manifest
 from tpjax.engine.llm import LLM
 from tpjax.errors import CheckpointError, UsageError
 
@@ -29,6 +30,11 @@ def compare(dst: str | Path, src: str | Path, prompts: str | Path, tensor: int) 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(open_source(src)[0]), dtype=torch.float32, trust_remote_code=False
     ).eval()
+    # What was stated about the checkpoint, a cast, is not a difference.
+    stored = {weight.source.name: weight.dtype for weight in Manifest.read(Path(dst)).weights}
+    for name, parameter in theirs.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.to(getattr(torch, stored[name])).float()
     stages = ["embedding", *(f"layer {n}" for n in range(llm.config.layers)), "norm", "logits"]
     worst = np.zeros(len(stages))
     for line in lines:

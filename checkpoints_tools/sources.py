@@ -246,6 +246,23 @@ def stored_rows(folder: Path, weight: Weight, scratch: np.ndarray) -> Iterator[R
         yield read
 
 
+def blank_padding(folder: Path, weight: Weight) -> bool:
+    """Whether what fills up the last chunk is zero, as no row of the weight tells."""
+    layout, path = weight.layout, folder / weight.file
+    last = (layout.chunks - 1) * layout.chunk_bytes
+    with opened(path) as fd:
+        if layout.axis == 0:
+            rest = np.empty(layout.data_bytes - layout.nbytes, np.uint8)
+            read_exactly(fd, layout.nbytes, rest, path)
+            return not rest.any()
+        used = layout.shape[1] - (layout.chunks - 1) * layout.width
+        if used == layout.width:
+            return True
+        strip = np.empty((layout.rows, layout.width * layout.itemsize), np.uint8)
+        read_exactly(fd, last, strip.reshape(-1), path)
+        return not strip[:, used * layout.itemsize :].any()
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
     """A file to read from, or CheckpointError."""

@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpjax.checkpoint.manifest import JOURNAL, MANIFEST
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError, listing
 
-LOCK = ".lock"
+LOCK = ".tpjax-lock"
 _NEW, _OLD = "new", "old"
 
 
@@ -32,6 +32,7 @@ class Staging:
         self.path = self._work / _NEW
         self.about: dict = {}
         self._journal: int | None = None
+        self._gone = False
         self._writing = threading.Lock()
 
     def start(self, about: dict, resume: bool) -> list[dict]:
@@ -41,12 +42,12 @@ class Staging:
         not go on with what was begun.
         """
         self.about = about
-        if not resume:
-            self.clear()
         journal = self._work / JOURNAL
-        lines, whole = _whole_lines(journal)
+        lines, whole = _whole_lines(journal) if resume else ([], 0)
         if lines:
             self._compare(lines[0], about)
+        else:
+            self.clear()
         with named(journal):
             self.path.mkdir(exist_ok=True)
             self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -74,33 +75,44 @@ class Staging:
         line = json.dumps(record).encode() + b"\n"
         assert self._journal is not None
         with self._writing, named(self._work / JOURNAL):
-            os.write(self._journal, line)
+            while line:
+                line = line[os.write(self._journal, line) :]
             os.fsync(self._journal)
 
     def clear(self) -> None:
         """Forget what an earlier run has begun."""
         with named(self.path):
-            (self._work / JOURNAL).unlink(missing_ok=True)
+            # In this order: at no moment could what is left pass for something finished.
+            (self.path / MANIFEST).unlink(missing_ok=True)
             if self.path.exists():
                 shutil.rmtree(self.path)
+            (self._work / JOURNAL).unlink(missing_ok=True)
             self.path.mkdir()
 
     def write(self, name: str, content: bytes) -> None:
-        """A small file, on disk before this returns."""
+        """A small file, whole or not at all, and on disk before this returns."""
         path = self.path / name
+        part = path.with_name(path.name + ".tmp")
         with named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
+            with open(part, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(part, path)
 
     def complete(self) -> bool:
         """Whether nothing is missing but the renaming."""
         return (self.path / MANIFEST).exists()
 
-    def commit(self) -> None:
-        """Rename to the final name, in the place of a checkpoint that is there."""
+    def commit(self, replace: bool = False) -> None:
+        """Rename to the final name; with ``replace`` in the place of a checkpoint that is there,
+        which is removed. Raises UsageError if something else has appeared there meanwhile."""
+        check_dst(self.dst)
+        if not replace and self.dst.exists() and any(self.dst.iterdir()):
+            raise UsageError(
+                f"{self.dst}: has appeared since this began; --overwrite replaces a checkpoint"
+            )
         taken = {path.name for path in _olds(self._work)}
         old = self._work / next(n for i in itertools.count() if (n := f"{_OLD}-{i}") not in taken)
         with named(self.dst):
@@ -121,12 +133,11 @@ class Staging:
     def remove(self) -> None:
         """The work folder, once nothing in it is needed any more. The lock goes last: whoever waits
         for it sees that its file has gone, and looks again."""
+        self._gone = True
         with suppress(OSError):  # what cannot be removed stays, with the lock that marks it as ours
-            for entry in self._work.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                elif entry.name != LOCK:
-                    entry.unlink()
+            for folder in (self.path, *_olds(self._work)):
+                shutil.rmtree(folder, ignore_errors=True)
+            (self._work / JOURNAL).unlink(missing_ok=True)
             if [entry.name for entry in self._work.iterdir()] == [LOCK]:
                 (self._work / LOCK).unlink()
                 self._work.rmdir()
@@ -136,9 +147,10 @@ class Staging:
         try:
             if self._journal is not None:
                 os.close(self._journal)
-            begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
-            if self._work.exists() and not begun and not _olds(self._work):
-                self.remove()
+            if not self._gone:  # else another process may be in a folder of the same name
+                begun = len(_whole_lines(self._work / JOURNAL)[0]) > 1
+                if not begun and not _olds(self._work):
+                    self.remove()
         finally:
             os.close(self._lock)
 
@@ -160,16 +172,34 @@ def check_places(src: Path, dst: Path) -> None:
     real, target = src.resolve(), dst.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
         raise UsageError(f"{dst}: inside the source {src}, or around it; give another folder")
-    for path in target.parents:
+    if real.is_relative_to(partial_of(target)):
+        raise UsageError(f"{dst}: its work folder would be the source {src}; give another folder")
+
+
+def check_dst(dst: Path) -> None:
+    """Refuse a place where nothing can appear by a rename, or where something is that this tool did
+    not make: told before anything is read."""
+    for path in dst.parents:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{dst}: cannot be made, {path} is a file; give another folder")
-    work = partial_of(target)
-    if real.is_relative_to(work):
-        raise UsageError(f"{dst}: its work folder would be the source {src}; give another folder")
-    if dst.is_dir() and any(dst.iterdir()) and not (dst / MANIFEST).is_file():
-        raise UsageError(f"{dst}: not empty, and no tpjax checkpoint; give a new folder")
+    if len(os.fsencode(partial_of(dst).name)) > 255:
+        raise UsageError(f"{dst}: the name is too long; give a shorter one")
     if dst.exists() and not dst.is_dir():
         raise UsageError(f"{dst}: a file; give a new folder")
+    if os.path.ismount(dst):
+        raise UsageError(
+            f"{dst}: a mount point, which nothing can be renamed to; give a folder in it"
+        )
+    if not dst.is_dir() or not any(dst.iterdir()):
+        return
+    if not (dst / MANIFEST).is_file():
+        raise UsageError(f"{dst}: not empty, and no tpjax checkpoint; give a new folder")
+
+
+def foreign(dst: Path, known: Iterable[str]) -> list[str]:
+    """What lies in a checkpoint and does not belong to it."""
+    ours = {name.split("/")[0] for name in known} | {MANIFEST}
+    return sorted(path.name for path in dst.iterdir() if path.name not in ours)
 
 
 def partial_of(dst: Path) -> Path:
@@ -224,7 +254,8 @@ def _locked(dst: Path) -> int:
 def _repair(dst: Path) -> None:
     """Undo or clear up what a kill between the renames of a replacement has left."""
     for old in _olds(partial_of(dst)):
-        if dst.exists() or not (old / MANIFEST).exists():
+        there = dst.exists() and any(dst.iterdir())
+        if there or not (old / MANIFEST).exists():
             shutil.rmtree(old, ignore_errors=True)
         elif not (partial_of(dst) / _NEW / MANIFEST).exists():
             old.rename(dst)

@@ -14,7 +14,7 @@ import xxhash
 from checkpoints_tools.convert import keep, read_small
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
-from checkpoints_tools.sources import Headers
+from checkpoints_tools.sources import Headers, blank_padding
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
@@ -124,6 +124,8 @@ class _Reading:
         wrong = [n for n in range(weight.layout.chunks) if weight.differs(n, chunks)]
         if wrong:
             return [self.source.damaged(weight, chunk) for chunk in wrong]
+        if not blank_padding(self.source.folder, weight):
+            return [self.source.damaged(weight, weight.layout.chunks - 1)]
         if whole != weight.digest:
             return [f"{path}: {spec.path} as devices read it is not what was written"]
         return []

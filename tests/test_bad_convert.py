@@ -95,7 +95,7 @@ def begin(folder, dst, monkeypatch):
 
 def finished(dst):
     """How many weights an unfinished conversion has on disk."""
-    journal = partial_of(dst) / ".journal"
+    journal = partial_of(dst) / ".tpjax-journal"
     return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
 
 
@@ -278,9 +278,11 @@ def test_a_pickle_that_would_run_code(folder, dst, tmp_path, zipped):
     "place, said",
     [
         ("model/made", "inside the source"),
-        ("model", "inside the source"),
-        ("", "or around it"),
-        ("link", "inside the source"),
+        ("model", "not empty, and no tpjax checkpoint"),
+        ("", "not empty, and no tpjax checkpoint"),
+        ("link", "not empty, and no tpjax checkpoint"),
+        ("link/made", "inside the source"),
+        ("x" * 250, "the name is too long"),
         ("full", "not empty, and no tpjax checkpoint"),
         ("full/file", "a file; give a new folder"),
         ("full/file/made", "full/file is a file; give"),
@@ -290,7 +292,7 @@ def test_a_place_that_cannot_be(folder, tmp_path, dst, place, said, how):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
     (tmp_path / "link").symlink_to(folder)
-    with refused_whole(dst, UsageError, tmp_path / place, said):
+    with refused_whole(dst, UsageError, (tmp_path / place).resolve(), said):
         convert(folder, tmp_path / place, **how)
 
 

@@ -1,6 +1,7 @@
 """There and back: what is converted restores on every mesh, and is exported, bit for bit."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from tpjax.checkpoint import load
 from tpjax.checkpoint.manifest import Manifest
 from tpjax.checkpoint.orbax import OrbaxFolder
 from tpjax.checkpoint.safetensors import SafetensorsFolder
-from tpjax.errors import RunError, UsageError
+from tpjax.errors import CheckpointError, RunError, UsageError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
@@ -395,7 +396,7 @@ def test_a_torn_journal_line_is_done_again(model, tmp_path, cut, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(model, tmp_path / "m")
     monkeypatch.undo()
-    journal = partial_of(tmp_path / "m") / ".journal"
+    journal = partial_of(tmp_path / "m") / ".tpjax-journal"
     journal.write_bytes(journal.read_bytes()[:-cut])
     monkeypatch.setattr("checkpoints_tools.convert._finish", _interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -446,9 +447,112 @@ def test_a_replaced_checkpoint_is_given_back(model, tmp_path):
     old = contents(tmp_path / "m")
     work = partial_of(tmp_path / "m")
     work.mkdir()
-    (work / ".lock").touch()
+    (work / ".tpjax-lock").touch()
     (tmp_path / "m").rename(work / "old-0")
     with refused(UsageError, "there is a checkpoint already", "--overwrite"):
         convert(model, tmp_path / "m")
     assert contents(tmp_path / "m") == old
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+# --- what is somebody else's
+
+
+def test_what_appears_meanwhile_stays(model, tmp_path):
+    """A folder that came into being at DST while it was converted is not replaced unasked; the work
+    is not lost."""
+    dst = tmp_path / "m"
+
+    def appear(count):
+        dst.mkdir(exist_ok=True)
+        (dst / "precious").write_text("data")
+
+    with refused(UsageError, dst, "not empty"):
+        convert(model, dst, on_bytes=appear)
+    assert contents(dst) == {Path("precious"): b"data"}
+    shutil.rmtree(dst)
+    assert convert(model, dst, resume=True)["converted_now"] == 0
+    convert(model, tmp_path / "fresh")
+    assert contents(dst) == contents(tmp_path / "fresh")
+
+
+def test_replacing_spares_what_is_not_of_the_checkpoint(model, tmp_path):
+    convert(model, tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with refused(UsageError, "holds notes.txt", "move it"):
+        convert(model, tmp_path / "m", overwrite=True)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_checkpoint_of_another_source(model, tmp_path):
+    """--resume does not take it for its own."""
+    other = shutil.copytree(model, tmp_path / "hf")
+    convert(other, tmp_path / "m")
+    assert convert(other, tmp_path / "m", resume=True)["already_complete"]
+    tensors = {name: 2 * x for name, x in load_file(other / WEIGHTS).items()}
+    save_file(tensors, other / WEIGHTS)
+    with refused(UsageError, "made from another source, or it has changed", WEIGHTS):
+        convert(other, tmp_path / "m", resume=True)
+
+
+def test_a_torn_small_file(model, tmp_path, monkeypatch):
+    """A kill while the manifest is written leaves no manifest; a resumed run writes it."""
+    convert(model, tmp_path / "whole")
+    replace = os.replace
+
+    def stop(src, dst):
+        if Path(dst).name == "tpjax_manifest.json":
+            raise KeyboardInterrupt
+        replace(src, dst)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "m")
+    monkeypatch.undo()
+    assert convert(model, tmp_path / "m", resume=True)["converted_now"] == 0
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def test_a_link_as_the_destination(model, tmp_path):
+    """Stands for what it points to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "m")
+    convert(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert verify(tmp_path / "disk" / "m", against=model)["problems"] == []
+    convert(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and not partial_of(tmp_path / "disk" / "m").exists()
+
+
+@pytest.mark.parametrize("size, width", [("vocab_size", 331), ("intermediate_size", 331)])
+def test_every_byte_of_padding_counts(tiny_model, tmp_path, size, width, monkeypatch):
+    """What fills up the last chunk, along rows and along columns: no weight tells of it."""
+    folder, _ = tiny_model(num_hidden_layers=1, **{size: width})
+    convert(folder, tmp_path / "m")
+    monkeypatch.setattr("tpjax.checkpoint.orbax._SAMPLE", 0)
+    name = "embed.w" if size == "vocab_size" else "blocks.0.mlp.down.w"
+    weight = next(w for w in Manifest.read(tmp_path / "m").weights if w.path == name)
+    layout = weight.layout
+    assert layout.chunks * layout.width > width
+    path = tmp_path / "m" / weight.file
+    data = bytearray(path.read_bytes())
+    data[layout.data_bytes - 1] ^= 1
+    path.write_bytes(data)
+    (problem,) = verify(tmp_path / "m")["problems"]
+    assert f"{name} is damaged" in problem
+
+
+def test_nonfinite_where_allowed_hides_no_overflow(model, tmp_path):
+    """A NaN beside a number too large for the dtype."""
+    copy = shutil.copytree(model, tmp_path / "hf")
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.norm.weight"][:2] = np.nan, 1e30
+    save_file(tensors, copy / WEIGHTS)
+    with refused(CheckpointError, "model.norm.weight is too large for float16"):
+        convert(copy, tmp_path / "m", dtype="float16", allow_nonfinite=True)
+    assert convert(copy, tmp_path / "n", allow_nonfinite=True)["weights"]
+
+
+def test_a_cast_to_what_it_is_changes_nothing(model, tmp_path):
+    convert(model, tmp_path / "m", dtype="float32")
+    assert verify(tmp_path / "m", against=model)["problems"] == []

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 from tqdm import tqdm
 
-from checkpoints_tools.staging import partial_of
+from checkpoints_tools.staging import LOCK, partial_of
 from tpjax.checkpoint.orbax import is_checkpoint
 
 
@@ -35,8 +36,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def begun(child: subprocess.Popen, dst: Path) -> None:
-    """Wait until the conversion writes, or has ended."""
-    while child.poll() is None and not partial_of(dst).exists():
+    """Wait until this process holds the work folder, or has ended."""
+    while child.poll() is None:
+        with suppress(OSError):
+            if (partial_of(dst) / LOCK).read_text() == str(child.pid):
+                return
         time.sleep(0.001)
 
 

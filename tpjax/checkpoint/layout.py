@@ -15,7 +15,7 @@ from functools import cached_property
 import ml_dtypes
 import numpy as np
 
-MOST_CHUNKS = 128  # a slice that ends inside a chunk reads at most 2/128 of the weight too much
+MOST_CHUNKS = 128  # as many pieces as the largest degree needs; there are at least half as many
 NUMPY = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -134,7 +134,7 @@ def put(spec: WeightSpec, source: Source, name: str) -> jax.Array:
     jobs = [
         (piece, out[where])
         for bounds, out in slices.items()
-        for piece, where in _pieces(bounds, source.axis(name), out.nbytes, len(slices))
+        for piece, where in _pieces(bounds, source.grain(name), out.nbytes, len(slices))
     ]
     with ThreadPoolExecutor(max_workers=min(_THREADS, len(jobs))) as pool:
         list(pool.map(lambda job: _fill(spec, source, name, *job), jobs))
@@ -164,13 +164,15 @@ def _empty(spec: WeightSpec, bounds: Bounds, boundary: int = 64) -> np.ndarray:
     return raw[start : start + size].view(spec.dtype).reshape(shape)
 
 
-def _pieces(bounds: Bounds, axis: int, nbytes: int, others: int):
-    """A slice as enough pieces for all threads, where it is large: (bounds, where in it)."""
+def _pieces(bounds: Bounds, grain: tuple[int, int], nbytes: int, others: int):
+    """A slice as enough pieces for all threads, where it is large: (bounds, where in it).
+    ``grain``: along which axis to divide it, and at multiples of what."""
+    axis, width = grain
     low, high = bounds[axis]
     count = -(-_THREADS // others) if nbytes >= _LARGE else 1
-    step = max(1, -(-(high - low) // count))
-    for begin in range(low, high, step):
-        end = min(begin + step, high)
+    step = max(1, -(-(high - low) // (count * width))) * width
+    cuts = [low, *range((low // width) * width + step, high, step), high]
+    for begin, end in zip(cuts, cuts[1:], strict=False):
         where = [slice(None)] * len(bounds)
         where[axis] = slice(begin - low, end - low)
         yield (*bounds[:axis], (begin, end), *bounds[axis + 1 :]), tuple(where)
@@ -225,6 +227,13 @@ def all_finite(x: np.ndarray) -> bool:
         if np.bitwise_and(part, mask, out=scratch[: part.size]).max() == mask:
             return False
     return True
+
+
+def nonfinite(x: np.ndarray) -> int:
+    """How many elements are NaN or infinite."""
+    bits = x.reshape(-1).view(f"u{x.dtype.itemsize}")
+    mask = bits.dtype.type(_EXPONENT[x.dtype.name])
+    return 0 if all_finite(x) else int(((bits & mask) == mask).sum())
 
 
 def cast_into(target: np.ndarray, x: np.ndarray) -> None:

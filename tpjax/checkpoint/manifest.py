@@ -20,7 +20,7 @@ from tpjax.errors import CheckpointError
 
 MANIFEST = "tpjax_manifest.json"
 WEIGHTS = "weights"
-JOURNAL = ".journal"  # in a folder that a conversion has not finished
+JOURNAL = ".tpjax-journal"  # in a folder that a conversion has not finished
 FORMAT, VERSION = "tpjax checkpoint", 1
 _CHUNK_DIGEST = 16  # hexadecimal digits
 _SEALED = re.compile(rb'(.*),\n "digest": "([0-9a-f]{32})"\n}\n', re.DOTALL)
@@ -96,6 +96,7 @@ class Manifest:
     mesh: dict[str, int]  # the mesh it was planned for; it restores on any other
     weights: tuple[Weight, ...]
     files: dict[str, FileInfo]
+    source_files: dict[str, tuple[int, int]]  # bytes and modification time, in ns, when converted
     copies: dict[str, Source] = field(default_factory=dict)  # tied copies, by path of the original
     left_out: tuple[str, ...] = ()  # tensors of the source that hold no weight
 
@@ -150,6 +151,10 @@ class Manifest:
                 inside(name): FileInfo(_whole(info["bytes"]), _text(info["digest"]))
                 for name, info in about["files"].items()
             },
+            source_files={
+                _text(name): (_whole(of[0]), _whole(of[1]))
+                for name, of in about["source_files"].items()
+            },
             copies={_text(path): _source(source) for path, source in about["copies"].items()},
             left_out=tuple(_text(name) for name in about["left_out"]),
         )
@@ -171,7 +176,9 @@ def weight_of(record: dict) -> Weight:
     )
     if not _PATH.fullmatch(weight.path) or weight.dtype not in NUMPY:
         raise ValueError(f"no weight: {weight.path!r} of {weight.dtype!r}")
-    if not 0 <= axis < len(weight.shape) <= 2 or width < 1 or min(weight.shape) < 1:
+    if not 0 <= axis < len(weight.shape) <= 2 or min(weight.shape) < 1:
+        raise ValueError(f"{weight.path}: {weight.shape} cut by {weight.cut}")
+    if not 1 <= width <= weight.shape[axis]:
         raise ValueError(f"{weight.path}: {weight.shape} cut by {weight.cut}")
     if weight.layout.data_bytes >= 1 << 62:
         raise ValueError(f"{weight.path}: {weight.shape} is more than any file holds")

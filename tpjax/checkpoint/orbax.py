@@ -72,7 +72,7 @@ class OrbaxFolder:
         yield from self.check_frames()
         sound = [weight for weight in self.weights.values() if self.is_sound(weight)]
         chunks = [(w, n) for w in sound for n in range(w.layout.chunks)]
-        for weight, chunk in random.sample(chunks, min(_SAMPLE, len(chunks))):
+        for weight, chunk in random.SystemRandom().sample(chunks, min(_SAMPLE, len(chunks))):
             try:
                 with self._opened(weight) as fd:
                     self._chunk(fd, weight, chunk)
@@ -121,9 +121,11 @@ class OrbaxFolder:
         except CheckpointError as error:
             yield str(error)
 
-    def axis(self, path: str) -> int:
-        """Along which to divide a slice between threads: then no chunk is read twice."""
-        return self.weights[path].layout.axis
+    def grain(self, path: str) -> tuple[int, int]:
+        """Along which axis, and at multiples of what, to divide a slice between threads: then no
+        chunk is read twice."""
+        layout = self.weights[path].layout
+        return layout.axis, layout.width
 
     def parts(
         self, path: str, bounds: Bounds, out: np.ndarray

@@ -116,9 +116,9 @@ class SafetensorsFolder:
         """What the weight at one of our paths is called here."""
         return family.source(path)
 
-    def axis(self, name: str) -> int:
-        """Along which to divide a slice between threads."""
-        return 0
+    def grain(self, name: str) -> tuple[int, int]:
+        """Along which axis, and at multiples of what, to divide a slice between threads."""
+        return 0, 1
 
     def parts(
         self, name: str, bounds: tuple[tuple[int, int], ...], out: np.ndarray
