@@ -75,8 +75,8 @@ def _lines(conversion: Conversion, result: dict) -> list[str]:
         f" {len(result['weights'])} weights, {result['source_bytes'] / 1e9:.3f} GB to read,"
         f" {result['bytes'] / 1e9:.3f} GB to write",
         f"on the mesh {mesh}: {result['bytes_per_device'] / 1e9:.3f} GB of weights per device",
-        f"host memory for buffers: {result['peak_buffers_bytes'] / 1e6:.0f} MB,"
-        f" {result['workers']} weight(s) at a time",
+        f"host memory: {result['peak_buffers_bytes'] / 1e6:.0f} MB of buffers, and about 0.1 GB of"
+        f" the program itself; {result['workers']} weight(s) at a time",
     ]
     for what, names in (
         ("tied copies, compared and kept as one", result["tied_copies"]),

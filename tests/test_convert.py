@@ -556,3 +556,19 @@ def test_nonfinite_where_allowed_hides_no_overflow(model, tmp_path):
 def test_a_cast_to_what_it_is_changes_nothing(model, tmp_path):
     convert(model, tmp_path / "m", dtype="float32")
     assert verify(tmp_path / "m", against=model)["problems"] == []
+
+
+def test_a_checkpoint_replaced_while_it_is_read(model, tmp_path):
+    """Its weights would be of two."""
+    convert(model, tmp_path / "m")
+    table, family = table_of(tmp_path / "m")
+    source = OrbaxFolder(tmp_path / "m")
+
+    def replaced(specs):
+        for number, spec in enumerate(specs):
+            if number == 3:
+                convert(model, tmp_path / "m", overwrite=True)
+            yield spec
+
+    with refused(CheckpointError, "was replaced while it was read"):
+        load.load(table, family, source, replaced)

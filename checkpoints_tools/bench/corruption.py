@@ -45,9 +45,9 @@ def loads(folder: Path, tensor: int) -> bool:
     return True
 
 
-def corrupt(folder: Path, times: int, seed: int = 0, quiet: bool = False) -> dict:
+def corrupt(folder: Path, times: int, seed: int = 0, quiet: bool = False, tensor: int = 4) -> dict:
     """Change, look, change back; raises AssertionError for a change that was not found."""
-    assert loads(folder, 4) and not verify(folder)["problems"]
+    assert loads(folder, tensor) and not verify(folder)["problems"]
     data = 0
     for path, offset, flip in tqdm(
         places(folder, times, seed), desc="corruptions", disable=quiet, leave=False
@@ -61,7 +61,7 @@ def corrupt(folder: Path, times: int, seed: int = 0, quiet: bool = False) -> dic
             problems = verify(folder)["problems"]
             name = str(path.relative_to(folder))
             assert any(name in problem for problem in problems), (name, offset, problems)
-            assert not loads(folder, 4), (name, offset)
+            assert not loads(folder, tensor), (name, offset)
         finally:
             with open(path, "r+b") as file:
                 file.seek(offset)

@@ -59,7 +59,9 @@ def load(
     """
     names = check(table, family, source)
     _check_tied_copy(table, family, source)
-    return tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
+    leaves = tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
+    source.check_unchanged()
+    return leaves
 
 
 def check(table: WeightTable, family: Family, source: Named) -> dict[str, str]:

@@ -116,6 +116,9 @@ class SafetensorsFolder:
         """What the weight at one of our paths is called here."""
         return family.source(path)
 
+    def check_unchanged(self) -> None:
+        """Files stay open, so what was opened is what is read."""
+
     def grain(self, name: str) -> tuple[int, int]:
         """Along which axis, and at multiples of what, to divide a slice between threads."""
         return 0, 1
