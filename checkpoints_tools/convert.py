@@ -101,7 +101,10 @@ def convert(
             return _result(conversion, dst, 0, budget) | {"already_complete": True}
         done = _resumed(conversion, staging, dtype, resume, allow_nonfinite)
         if resume and staging.complete():
-            OrbaxFolder(staging.path)
+            try:
+                OrbaxFolder(staging.path)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; --overwrite starts again") from error
             staging.commit(overwrite)
             return _result(conversion, dst, 0, budget)
         todo = [item for item in conversion.items if item.spec.path not in done]
@@ -132,8 +135,11 @@ def _already(conversion: Conversion, dst: Path, resume: bool, overwrite: bool) -
     if not is_checkpoint(dst):
         return False
     if overwrite:
-        there = OrbaxFolder(dst, verify=None).manifest
-        if others := foreign(dst, [*there.files, WEIGHTS]):
+        try:
+            known = list(Manifest.read(dst).files)
+        except CheckpointError:  # damaged, which may be why it is to be replaced
+            known = [path.name for path in dst.iterdir() if keep(path)]
+        if others := foreign(dst, [*known, WEIGHTS]):
             raise UsageError(
                 f"{dst}: holds {listing(others, 3)}, not of the checkpoint; move it, then"
                 " --overwrite"

@@ -484,6 +484,16 @@ def test_replacing_spares_what_is_not_of_the_checkpoint(model, tmp_path):
     assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
 
 
+def test_replacing_a_damaged_checkpoint(model, tmp_path):
+    """Whatever is wrong with it."""
+    convert(model, tmp_path / "m")
+    whole = contents(tmp_path / "m")
+    for name in ("tpjax_manifest.json", "weights/norm.w/c/0", "config.json"):
+        (tmp_path / "m" / name).write_bytes(b"no")
+        convert(model, tmp_path / "m", overwrite=True)
+        assert contents(tmp_path / "m") == whole
+
+
 def test_a_finished_checkpoint_of_another_source(model, tmp_path):
     """--resume does not take it for its own."""
     other = shutil.copytree(model, tmp_path / "hf")
