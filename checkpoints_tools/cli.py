@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tpjax import __version__
-from tpjax.cli import run_command
+from tpjax.cli import add_common, run_command
 
 PROGRAM = "tpjax-checkpoint"
 
@@ -52,7 +52,13 @@ def _add_convert(verbs) -> None:
     add("dst", metavar="DST", nargs="?", help="a folder that does not exist yet")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
     _add_mesh(parser, "the mesh to tell bytes per device for; the checkpoint restores on any")
-    add("--max-host-gb", type=float, metavar="X", help="limit of all buffers; default: 1")
+    add(
+        "--max-host-gb",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="limit of all buffers; default: %(default)s",
+    )
     add("--resume", action="store_true", help="go on with what was begun")
     add("--overwrite", action="store_true", help="replace the checkpoint at DST, or start again")
     add("--allow-nonfinite", action="store_true", help="accept NaNs and infinities")
@@ -88,7 +94,8 @@ def _add_verify(verbs) -> None:
     add("--against", metavar="SRC", help="also compare with the source itself")
     add("--tensor", type=int, metavar="N", help="default: another degree than it was planned for")
     what = "one prompt per line: also compare logits and layers with transformers, by torch"
-    add("--logits", metavar="FILE", dest="needs_torch", help=f"{what}; needs --against")
+    add("--logits", metavar="FILE", help=f"{what}; needs --against")
+    parser.set_defaults(torch_for="logits")
     _add_common(parser, "checkpoints_tools.verbs:verify_verb")
 
 
@@ -113,11 +120,8 @@ def _add_mesh(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, run: str) -> None:
-    add = parser.add_argument
-    add("--json", action="store_true", help="one JSON object")
-    add("--quiet", action="store_true", help="results only")
-    add("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_common(parser, run)
 
 
 if __name__ == "__main__":

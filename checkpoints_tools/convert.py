@@ -5,9 +5,7 @@ it is in the processor's cache; written, synced, read back and compared. Memory 
 `Budget.bytes`, whatever the model.
 """
 
-import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +16,13 @@ import xxhash
 from checkpoints_tools import orbax_files
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
+from checkpoints_tools.small_files import keep, read_small, with_dtype
 from checkpoints_tools.sources import Headers, RowSource, blank_padding, stored_rows
 from checkpoints_tools.staging import (
     Staging,
     check_dst,
     check_places,
+    check_space,
     foreign,
     is_partial,
     named,
@@ -44,13 +44,10 @@ from tpjax.checkpoint.manifest import (
     weight_of,
 )
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
-from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError, listing
+from tpjax.errors import CheckpointError, RunError, UsageError, listing
 
 DEFAULT_GB = 1.0
 OnBytes = Callable[[int], object]
-_KEPT = {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken"}
-_KEPT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_LARGEST_KEPT = 1 << 28
 
 
 def convert(
@@ -108,7 +105,7 @@ def convert(
             staging.commit(overwrite)
             return _result(conversion, dst, 0, budget)
         todo = [item for item in conversion.items if item.spec.path not in done]
-        _check_space(dst, sum(item.layout.file_bytes for item in todo))
+        check_space(dst, sum(item.layout.file_bytes for item in todo))
         on_total(sum(item.source_bytes for item in todo))
         copies = _copies(conversion, budget)
         job = _Job(conversion, staging, Workers(budget), allow_nonfinite, on_bytes)
@@ -146,30 +143,17 @@ def _already(conversion: Conversion, dst: Path, resume: bool, overwrite: bool) -
             )
         return False
     if resume:
-        files = OrbaxFolder(dst).manifest.source_files
-        now = source_files(conversion)
-        if changed := [name for name in now if files.get(name) != now[name]]:
+        there, now = OrbaxFolder(dst).manifest, source_files(conversion)
+        if changed := [name for name in now if there.source_files.get(name) != now[name]]:
             raise UsageError(
                 f"{dst}: was made from another source, or it has changed since:"
                 f" {listing(changed, 3)}; --overwrite replaces the checkpoint"
             )
-        made = {
-            (w.path, w.shape, w.dtype, w.source.name) for w in OrbaxFolder(dst).manifest.weights
-        }
+        made = {(w.path, w.shape, w.dtype, w.source.name) for w in there.weights}
         wanted = {(i.spec.path, i.layout.shape, i.layout.dtype, i.name) for i in conversion.items}
         if made == wanted:
             return True
     raise UsageError(f"{dst}: there is a checkpoint already; --overwrite replaces it")
-
-
-def _check_space(dst: Path, needed: int) -> None:
-    needed += 64 << 20  # names, tokenizer, manifest
-    free = shutil.disk_usage(dst.parent).free
-    if needed > free:
-        raise ResourceError(
-            f"{dst.parent}: the checkpoint needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB"
-            " are free"
-        )
 
 
 def _about(conversion: Conversion, dtype: str | None) -> dict:
@@ -298,8 +282,7 @@ class _Job:
     def _compare(self, item: Item, weight: Weight, arena: np.ndarray) -> None:
         """Read the file back, put the weight together again, and compare its digests."""
         layout, digests = item.layout, Digests(item.layout)
-        cut_bytes = layout.cut_bytes(1) if layout.axis else 0
-        step, (rows, cut) = divide(arena, layout.rows, layout.row_bytes, cut_bytes)
+        step, (rows, cut) = divide(arena, layout.rows, *layout.row_buffers)
         with stored_rows(self.staging.path, weight, cut.reshape(-1)) as read:
             for first in range(0, layout.rows, step):
                 part = rows[: layout.rows - first]
@@ -325,13 +308,9 @@ def _put(fd: int, layout, first: int, count: int, cut: np.ndarray) -> None:
 
 def _copies(conversion: Conversion, budget: Budget) -> dict[str, Source]:
     """The tied copies of the source, which must be equal to what they copy; looked at first."""
-    source = conversion.source
-    found = {}
-    for path, info in conversion.copies.items():
-        name, item = (
-            conversion.copy_names[path],
-            next(i for i in conversion.items if i.spec.path == path),
-        )
+    source, found = conversion.source, {}
+    for path, name in conversion.copies.items():
+        info, item = source.tensors[name], next(i for i in conversion.items if i.spec.path == path)
         if (info.shape, info.dtype) != (item.info.shape, item.info.dtype):
             raise differs(source, name, item.name)
         digest = _digest(source, item, name, budget)
@@ -364,7 +343,7 @@ def _finish(conversion: Conversion, staging: Staging, records, copies) -> None:
         if keep(path):
             small[path.name] = read_small(path)
     if any(item.casts for item in conversion.items):
-        small["config.json"] = _with_dtype(small["config.json"], weights[0].dtype)
+        small["config.json"] = with_dtype(small["config.json"], weights[0].dtype)
     for name, content in small.items():
         staging.write(name, content)
     manifest = Manifest(
@@ -386,28 +365,3 @@ def _finish(conversion: Conversion, staging: Staging, records, copies) -> None:
             " starts again"
         )
     staging.write(MANIFEST, manifest.sealed())
-
-
-def read_small(path: Path) -> bytes:
-    """A file beside the weights."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; download it again") from error
-
-
-def keep(path: Path) -> bool:
-    """Whether a file of the source goes along: config, tokenizer, templates, licence; no weights,
-    no index, no code."""
-    named = path.suffix in _KEPT or path.name.startswith(_KEPT_NAMES)
-    if not named or path.name.endswith(".index.json") or path.name.startswith("."):
-        return False
-    return path.is_file() and path.stat().st_size <= _LARGEST_KEPT
-
-
-def _with_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json, saying what the weights have been cast to."""
-    about = json.loads(config)
-    about.pop("torch_dtype", None)
-    about["dtype"] = dtype
-    return json.dumps(about, indent=2).encode() + b"\n"

@@ -25,7 +25,7 @@ def dry_run(
         "bytes_per_device": conversion.bytes_per_device,
         "peak_buffers_bytes": budget.bytes,
         "workers": budget.workers,
-        "tied_copies": sorted(conversion.copy_names.values()),
+        "tied_copies": sorted(conversion.copies.values()),
         "left_out": list(conversion.left_out),
         "weights": [_weight(item) for item in conversion.items],
     }

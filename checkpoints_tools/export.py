@@ -1,7 +1,7 @@
 """Export: a tpjax checkpoint back into a Hugging Face folder of safetensors.
 
-Tensors have the names and lie in the files they came from. What is written is hashed on the way and
-compared with the manifest, so an export is exact or it does not appear.
+Tensors have the names, and lie in files of the names, that they came from. What is written is
+hashed on the way and compared with the manifest, so an export is exact or it does not appear.
 """
 
 import json
@@ -14,15 +14,22 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.sources import stored_rows
-from checkpoints_tools.staging import check_dst, check_places, is_partial, named, partial_of, stage
+from checkpoints_tools.staging import (
+    check_dst,
+    check_places,
+    check_space,
+    is_partial,
+    named,
+    partial_of,
+    stage,
+)
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
 from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
-from tpjax.checkpoint.safetensors import INDEX, READABLE, SINGLE
+from tpjax.checkpoint.safetensors import INDEX, SINGLE, WORDS
 from tpjax.errors import CheckpointError, UsageError
 
 OnBytes = Callable[[int], object]
-_WORDS = {ours: theirs for theirs, ours in READABLE.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ def export(
     check_places(src, dst)
     files = _files(source)
     tensors = [tensor for shard in files.values() for tensor in shard]
-    on_total(sum(tensor.weight.layout.nbytes for tensor in tensors))
+    total = sum(tensor.weight.layout.nbytes for tensor in tensors)
+    check_space(dst, total)
+    on_total(total)
     with stage(dst) as staging:
         if is_partial(dst):
             raise UsageError(f"{partial_of(dst)}: an unfinished conversion; give another folder")
@@ -71,7 +80,6 @@ def export(
 
         workers.run(one, tensors)
         if len(files) > 1:
-            total = sum(tensor.weight.layout.nbytes for tensor in tensors)
             where = {tensor.name: tensor.file for tensor in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             staging.write(INDEX, json.dumps(index, indent=2).encode() + b"\n")
@@ -88,7 +96,7 @@ def export(
         "folder": str(dst),
         "tensors": len(tensors),
         "files": len(files),
-        "bytes": sum(tensor.weight.layout.nbytes for tensor in tensors),
+        "bytes": total,
     }
 
 
@@ -119,7 +127,7 @@ def _header(shard: list[_Tensor]) -> bytes:
     for tensor in shard:
         layout = tensor.weight.layout
         about[tensor.name] = {
-            "dtype": _WORDS[layout.dtype],
+            "dtype": WORDS[layout.dtype],
             "shape": list(layout.shape),
             "data_offsets": [tensor.offset, tensor.offset + layout.nbytes],
         }
@@ -128,20 +136,15 @@ def _header(shard: list[_Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _row_buffers(weight: Weight) -> tuple[int, int]:
-    layout = weight.layout
-    return layout.row_bytes, layout.cut_bytes(1) if layout.axis else 0
-
-
 def _arena(source: OrbaxFolder) -> int:
-    return max(ARENA, *(sum(_row_buffers(w)) for w in source.weights.values()))
+    return max([ARENA, *(sum(w.layout.row_buffers) for w in source.weights.values())])
 
 
 def _write(source: OrbaxFolder, tensor: _Tensor, path: Path, arena, workers, on_bytes) -> None:
     """One weight's rows, put together from its chunks, to their place in the file."""
     weight, digest = tensor.weight, xxhash.xxh3_128()
     layout = weight.layout
-    step, (buffer, cut) = divide(arena, layout.rows, *_row_buffers(weight))
+    step, (buffer, cut) = divide(arena, layout.rows, *layout.row_buffers)
     with named(path), open(path, "r+b", buffering=0) as out:
         length = int.from_bytes(out.read(8), "little")
         out.seek(8 + length + tensor.offset)

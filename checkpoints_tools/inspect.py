@@ -71,7 +71,8 @@ def _source(folder: Path, found: _Found, hub: str | None):
         found.problems.append(str(error))
         return None
     found.about |= {"made_by": source.manifest.tool, "made_from": source.manifest.source}
-    found.problems += source.check_frames()
+    found.problems += source.check_files()
+    found.problems += filter(None, map(source.frame, source.weights.values()))
     return source
 
 

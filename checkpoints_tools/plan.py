@@ -12,7 +12,7 @@ from tpjax.checkpoint import load
 from tpjax.checkpoint.folder import ModelFolder
 from tpjax.checkpoint.layout import NUMPY, Layout
 from tpjax.checkpoint.manifest import MANIFEST
-from tpjax.checkpoint.safetensors import READABLE, TensorInfo
+from tpjax.checkpoint.safetensors import READABLE, WORDS, TensorInfo
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
@@ -55,9 +55,8 @@ class Item:
     @property
     def row_buffers(self) -> tuple[int, int, int]:
         """Bytes each row in flight takes: as read, as cast, as cut."""
-        cast = self.layout.row_bytes if self.casts else 0
-        cut = self.layout.cut_bytes(1) if self.layout.axis else 0
-        return self.source_row_bytes, cast, cut
+        stored, cut = self.layout.row_buffers
+        return self.source_row_bytes, stored if self.casts else 0, cut
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class Conversion:
     folder: ModelFolder
     table: WeightTable
     items: tuple[Item, ...]
-    copies: dict[str, TensorInfo]  # tied copies: our path -> the copy's tensor
-    copy_names: dict[str, str]
+    copies: dict[str, str]  # tied copies: our path -> the copy's name
     left_out: tuple[str, ...]
     source: RowSource
 
@@ -122,8 +120,8 @@ def plan(
     else:
         path, source = open_source(src, headers_only)
         folder = folders.read_folder(path)
-    plan = Plan(mesh=make_mesh(data, tensor, rep)).fit(folder.config)
-    table = WeightTable(folder.config, plan)
+    fitted = Plan(mesh=make_mesh(data, tensor, rep)).fit(folder.config)
+    table = WeightTable(folder.config, fitted)
     family = folder.family
     if source is None:
         source = _as_configured(folder, table)
@@ -143,8 +141,7 @@ def plan(
         folder=folder,
         table=table,
         items=tuple(items),
-        copies={path: tensors[name] for path, name in copies.items()},
-        copy_names=copies,
+        copies=copies,
         left_out=tuple(sorted(name for name in tensors if name not in known)),
         source=source,
     )
@@ -152,7 +149,7 @@ def plan(
 
 def _as_configured(folder: ModelFolder, table: WeightTable) -> Headers:
     """What a model of this config would hold, in the dtype it names."""
-    word = next((w for w, ours in READABLE.items() if ours == folder.stored_dtype), None)
+    word = WORDS.get(folder.stored_dtype)
     if word is None:
         raise CheckpointError(
             f"{folder.path}: dtype {folder.stored_dtype!r}; readable are {', '.join(NUMPY)}"

@@ -23,7 +23,7 @@ from tpjax.checkpoint.safetensors import (
     SafetensorsFolder,
     TensorInfo,
     one_line,
-    open_file,
+    opened,
     read_exactly,
     read_json,
 )
@@ -261,16 +261,3 @@ def blank_padding(folder: Path, weight: Weight) -> bool:
         strip = np.empty((layout.rows, layout.width * layout.itemsize), np.uint8)
         read_exactly(fd, last, strip.reshape(-1), path)
         return not strip[:, used * layout.itemsize :].any()
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A file to read from, or CheckpointError."""
-    try:
-        fd = open_file(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)

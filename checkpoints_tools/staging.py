@@ -196,6 +196,16 @@ def check_dst(dst: Path) -> None:
         raise UsageError(f"{dst}: not empty, and no tpjax checkpoint; give a new folder")
 
 
+def check_space(dst: Path, needed: int) -> None:
+    """Raise ResourceError unless so many bytes, and some for small files, are free."""
+    needed += 64 << 20
+    free = shutil.disk_usage(dst.parent if dst.parent.exists() else "/").free
+    if needed > free:
+        raise ResourceError(
+            f"{dst.parent}: {needed / 1e9:.2f} GB more are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
 def foreign(dst: Path, known: Iterable[str]) -> list[str]:
     """What lies in a checkpoint and does not belong to it."""
     ours = {name.split("/")[0] for name in known} | {MANIFEST}
@@ -303,6 +313,6 @@ def named(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"{path}: no space left; free some, then --resume goes on from here"
+                f"{path}: no space left; free some and run it again (convert with --resume goes on)"
             ) from error
         raise RunError(f"{path}: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ def convert_verb(args: argparse.Namespace) -> int:
     devices = args.data * args.tensor * args.rep
     if min(mesh.values()) < 1 or devices > MOST:
         raise UsageError(f"--data x --tensor x --rep = {devices}: from 1 to {MOST} devices")
-    limit = 1.0 if args.max_host_gb is None else args.max_host_gb
+    limit = args.max_host_gb
     if not 0 < limit < 1e6:
         raise UsageError(f"--max-host-gb {limit:g}: give a number above 0")
     if not args.dry_run and args.dst is None:
@@ -69,7 +69,7 @@ def inspect_verb(args: argparse.Namespace) -> int:
 def verify_verb(args: argparse.Namespace) -> int:
     if args.tensor is not None and not 1 <= args.tensor <= MOST:
         raise UsageError(f"--tensor {args.tensor}: must be between 1 and {MOST}")
-    if args.needs_torch and not args.against:
+    if args.logits and not args.against:
         raise UsageError("--logits compares with the source: give it with --against SRC")
     env.start(max(8, args.tensor or 1))
     from checkpoints_tools.verify import verify
@@ -82,10 +82,10 @@ def verify_verb(args: argparse.Namespace) -> int:
             on_total=on_total,
             on_bytes=on_bytes,
         )
-    if args.needs_torch and not result["problems"]:
+    if args.logits and not result["problems"]:
         from checkpoints_tools.logits import compare
 
-        result["logits"] = compare(args.dst, args.against, args.needs_torch, result["tensor"])
+        result["logits"] = compare(args.dst, args.against, args.logits, result["tensor"])
         result["problems"] += result["logits"]["problems"]
     problems = result["problems"]
     if problems:

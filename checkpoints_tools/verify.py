@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from checkpoints_tools.convert import keep, read_small
 from checkpoints_tools.digests import Digests
 from checkpoints_tools.plan import Conversion, Item, plan
+from checkpoints_tools.small_files import keep, read_small
 from checkpoints_tools.sources import Headers, blank_padding
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
 from tpjax.checkpoint import folder as folders
@@ -61,8 +61,9 @@ def verify(
         conversion = plan(against)
         if isinstance(conversion.source, Headers):
             raise UsageError(f"{against}: a config.json has no weights to compare with")
-    problems = list(source.check())
-    sound = {weight.path for weight in source.weights.values() if source.is_sound(weight)}
+    framed = {path: source.frame(weight) for path, weight in source.weights.items()}
+    sound = {path for path, problem in framed.items() if problem is None}
+    problems = [*source.check_files(), *filter(None, framed.values())]
     result["files"] = len(source.manifest.files)
     try:
         table = _table(folder, source, tensor)
@@ -77,7 +78,7 @@ def verify(
     total = sum(weight.layout.nbytes for weight in source.weights.values())
     on_total(total if conversion is None else total + conversion.source_bytes)
     budget = _BUDGET
-    largest = max((sum(_row_buffers(source.weights[path])) for path in sound), default=0)
+    largest = max((sum(source.weights[path].layout.row_buffers) for path in sound), default=0)
     if largest > budget.arena:
         budget = replace(budget, arena=largest)
     reading = _Reading(source, Workers(budget), on_bytes)
@@ -86,8 +87,7 @@ def verify(
         problems += found
     if conversion is not None:
         problems += _differences(conversion, source, budget, on_bytes)
-    # The sample of the first check may have met what the full reading names again.
-    result["problems"] = list(dict.fromkeys(problems))
+    result["problems"] = problems
     return result
 
 
@@ -98,11 +98,6 @@ def _table(folder: Path, source: OrbaxFolder, tensor: int | None) -> WeightTable
         others = [d for d in allowed_degrees(config) if d != planned and d <= 8]
         tensor = min((d for d in others if d > 1), default=1)
     return WeightTable(config, Plan(mesh=make_mesh(tensor=tensor)).fit(config))
-
-
-def _row_buffers(weight: Weight) -> tuple[int, int]:
-    layout = weight.layout
-    return layout.row_bytes, layout.cut_bytes(1) if layout.axis else 0
 
 
 class _Reading:
@@ -135,7 +130,7 @@ class _Reading:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         layout = weight.layout
         dtype = NUMPY[layout.dtype]
-        step, (buffer, cut) = divide(arena, layout.rows, *_row_buffers(weight))
+        step, (buffer, cut) = divide(arena, layout.rows, *layout.row_buffers)
         slices = {
             tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
             for index in spec.sharding.devices_indices_map(spec.shape).values()

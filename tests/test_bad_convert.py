@@ -398,7 +398,7 @@ def test_an_unfinished_checkpoint_is_none(folder, dst, monkeypatch, late):
 def test_no_space_is_told_before_anything_is_written(folder, dst, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     monkeypatch.setattr(os, "pwrite", None)
-    with refused_whole(dst, ResourceError, dst.parent, "needs", "0.00 GB are free"):
+    with refused_whole(dst, ResourceError, dst.parent, "more are needed", "0.00 GB are free"):
         convert(folder, dst)
 
 

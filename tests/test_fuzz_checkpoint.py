@@ -153,7 +153,7 @@ def read_rows(folder):
 def read_checkpoint(folder):
     """What a start does: everything is looked at that is not a weight, and a sample of those."""
     source = OrbaxFolder(folder, verify=None)
-    problems = list(source.check())  # and check_frames
+    problems = list(source.check())
     assert all(one_line(problem) for problem in problems), problems
     if problems:
         raise CheckpointError(problems[0])

@@ -23,12 +23,13 @@ def run_command(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, own_process: bool = False
 ) -> int:
     """Parse, run what the command names as ``run`` (module:function), and turn what goes wrong
-    into one line and an exit code."""
+    into one line and an exit code. In a process of our own torch is left out, unless an option
+    whose name is in the command's ``torch_for`` asks for what needs it."""
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
-    if own_process and not getattr(args, "needs_torch", None):
+    if own_process and not getattr(args, getattr(args, "torch_for", ""), None):
         from tpjax import env
 
         env.leave_torch_out()
@@ -100,10 +101,11 @@ def _add_generate(commands) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; repeatable")
     add("--stream", action="store_true", help="print text as it is made, prompt by prompt")
     add("--json", action="store_true", help="one JSON object per prompt")
-    _add_common(parser, "tpjax.generate:generate")
+    add_common(parser, "tpjax.generate:generate")
 
 
-def _add_common(parser: argparse.ArgumentParser, run: str) -> None:
+def add_common(parser: argparse.ArgumentParser, run: str) -> None:
+    """Options that every command of ours has, and what it runs (module:function)."""
     add = parser.add_argument
     add("--quiet", action="store_true", help="results only")
     add("--debug", action="store_true", help="show tracebacks")
@@ -138,7 +140,7 @@ def _add_bench(commands) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
     add("--json", action="store_true", help="one line of JSON (else indented)")
-    _add_common(parser, "tpjax.bench.decode:bench_decode")
+    add_common(parser, "tpjax.bench.decode:bench_decode")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,11 @@ class Layout:
             return count * self.row_bytes
         return count * self.chunks * self.width * self.itemsize
 
+    @property
+    def row_buffers(self) -> tuple[int, int]:
+        """Bytes that each row takes as it is and, if it has to move for that, as cut."""
+        return self.row_bytes, self.cut_bytes(1) if self.axis else 0
+
     def padding(self) -> Iterator[tuple[int, bytes]]:
         """(offset, zeros) that fill up the last chunk after the last row."""
         at = self.nbytes if self.axis == 0 else self.data_bytes

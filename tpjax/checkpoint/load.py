@@ -96,8 +96,10 @@ def check(table: WeightTable, family: Family, source: Named) -> dict[str, str]:
 
 def tied_copy(table: WeightTable, family: Family, source: Named) -> str | None:
     """The checkpoint's name of a second copy of the embedding, which some files hold."""
+    if not table.config.tie_embeddings:
+        return None
     name = source.name(family, "head")
-    return name if table.config.tie_embeddings and name in source.tensors else None
+    return name if name in source.tensors else None
 
 
 def differs(source: Named, copy: str, original: str) -> CheckpointError:

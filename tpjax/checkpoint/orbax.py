@@ -17,14 +17,13 @@ import xxhash
 
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import DAMAGED, MANIFEST, Manifest, Weight
-from tpjax.checkpoint.safetensors import READABLE, TensorInfo, one_line, open_file, read_exactly
+from tpjax.checkpoint.safetensors import WORDS, TensorInfo, one_line, opened, read_exactly
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family
 
 Verify = Literal["fast", "full"]
 Bounds = tuple[tuple[int, int], ...]
 _SAMPLE = 32  # chunks that "fast" reads, others at every start
-_WORDS = {ours: theirs for theirs, ours in READABLE.items()}
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -53,7 +52,7 @@ class OrbaxFolder:
         self.weights = {weight.path: weight for weight in self.manifest.weights}
         self.finite = all(weight.finite for weight in self.manifest.weights)
         self.tensors = {
-            path: TensorInfo(folder / w.file, w.shape, _WORDS[w.dtype])
+            path: TensorInfo(folder / w.file, w.shape, WORDS[w.dtype])
             for path, w in self.weights.items()
         }
         self.bytes_read = 0
@@ -82,9 +81,12 @@ class OrbaxFolder:
         return stat.st_ino, stat.st_mtime_ns
 
     def check(self) -> Iterator[str]:
-        """A line for everything that is wrong, as far as can be told without reading all data."""
-        yield from self.check_frames()
-        sound = [weight for weight in self.weights.values() if self.is_sound(weight)]
+        """A line for everything that is wrong, as far as can be told without reading all data: the
+        files, and a sample of the chunks of those weights whose file is sound."""
+        yield from self.check_files()
+        framed = {path: self.frame(weight) for path, weight in self.weights.items()}
+        yield from filter(None, framed.values())
+        sound = [weight for path, weight in self.weights.items() if framed[path] is None]
         chunks = [(w, n) for w in sound for n in range(w.layout.chunks)]
         for weight, chunk in random.SystemRandom().sample(chunks, min(_SAMPLE, len(chunks))):
             try:
@@ -93,17 +95,10 @@ class OrbaxFolder:
             except CheckpointError as error:
                 yield str(error)
 
-    def check_frames(self) -> Iterator[str]:
-        """A line for every file that is missing, of another size, or not what the manifest lists;
-        of the weights' files, only the ends are read."""
+    def check_files(self) -> Iterator[str]:
+        """A line for every small file that is missing or not what the manifest lists."""
         for name, info in self.manifest.files.items():
             yield from self._check_file(name, info)
-        for weight in self.weights.values():
-            yield from self._check_frame(weight)
-
-    def is_sound(self, weight: Weight) -> bool:
-        """Whether a weight's file is there and of the right size and form."""
-        return not list(self._check_frame(weight))
 
     def _check_file(self, name: str, info) -> Iterator[str]:
         path = self.folder / name
@@ -118,22 +113,24 @@ class OrbaxFolder:
         if (len(content), xxhash.xxh3_128_hexdigest(content)) != (info.bytes, info.digest):
             yield f"{path}: not the file the manifest lists (damaged or edited); {DAMAGED}"
 
-    def _check_frame(self, weight: Weight) -> Iterator[str]:
+    def frame(self, weight: Weight) -> str | None:
+        """What is wrong with a weight's file as a file: missing, of another size, or with another
+        index at its end. Its data is not read."""
         layout, path = weight.layout, self.folder / weight.file
         try:
             size = os.path.getsize(path)
             if size != layout.file_bytes:
-                yield (f"{path}: {size} bytes, {weight.path} needs {layout.file_bytes}; {DAMAGED}")
-                return
+                return f"{path}: {size} bytes, {weight.path} needs {layout.file_bytes}; {DAMAGED}"
             index = np.empty(len(layout.index), np.uint8)
             with self._opened(weight) as fd:
                 read_exactly(fd, layout.data_bytes, index, path)
-            if index.tobytes() != layout.index:
-                yield f"{path}: {weight.path} is damaged in its index; {DAMAGED}"
         except OSError as error:
-            yield f"{path}: {error.strerror or error} ({weight.path}); {DAMAGED}"
+            return f"{path}: {error.strerror or error} ({weight.path}); {DAMAGED}"
         except CheckpointError as error:
-            yield str(error)
+            return str(error)
+        if index.tobytes() != layout.index:
+            return f"{path}: {weight.path} is damaged in its index; {DAMAGED}"
+        return None
 
     def grain(self, path: str) -> tuple[int, int]:
         """Along which axis, and at multiples of what, to divide a slice between threads: then no
@@ -219,18 +216,9 @@ class OrbaxFolder:
         with self._lock:
             self.bytes_read += target.nbytes
 
-    @contextlib.contextmanager
-    def _opened(self, weight: Weight) -> Iterator[int]:
+    def _opened(self, weight: Weight) -> contextlib.AbstractContextManager[int]:
         """One file at a time: a large model has more weights than a process may open files."""
-        path = self.folder / weight.file
-        try:
-            fd = open_file(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror} ({weight.path}); {DAMAGED}") from error
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return opened(self.folder / weight.file, f" ({weight.path}); {DAMAGED}")
 
 
 def as_bytes(x: np.ndarray) -> np.ndarray:

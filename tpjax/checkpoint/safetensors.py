@@ -4,6 +4,7 @@ The safetensors library does the reading and judges every header; this file find
 everything that can be checked without reading a weight, and turns what is wrong into one line each.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -22,6 +23,7 @@ from tpjax.models import Family
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+WORDS = {ours: theirs for theirs, ours in READABLE.items()}
 CHUNK = 1 << 21  # elements read together: at most 8 MB, and as much again for a cast
 _LARGEST_JSON = 1 << 28  # bytes; the index of the largest models has a few million
 
@@ -160,11 +162,20 @@ def _offsets(path: Path) -> dict[str, int]:
     }
 
 
-def open_file(path: Path) -> int:
-    """A descriptor to read a file from; raises OSError for a pipe, too, which might never open."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "Not a file")
-    return os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def opened(path: Path, more: str = "") -> Iterator[int]:
+    """A descriptor to read a file from. Raises CheckpointError, which ends with ``more``, if there
+    is none, or a pipe, which might never open."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "Not a file")
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}{more}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def read_exactly(fd: int, offset: int, target: np.ndarray, where: Path) -> None:
