@@ -104,7 +104,7 @@ def convert(
                 raise CheckpointError(f"{error}; --overwrite starts again") from error
             staging.commit(overwrite)
             return _result(conversion, dst, 0, budget)
-        todo = [item for item in conversion.items if item.spec.path not in done]
+        todo = [item for item in conversion.items if item.path not in done]
         check_space(dst, sum(item.layout.file_bytes for item in todo))
         on_total(sum(item.source_bytes for item in todo))
         copies = _copies(conversion, budget)
@@ -150,7 +150,7 @@ def _already(conversion: Conversion, dst: Path, resume: bool, overwrite: bool) -
                 f" {listing(changed, 3)}; --overwrite replaces the checkpoint"
             )
         made = {(w.path, w.shape, w.dtype, w.source.name) for w in there.weights}
-        wanted = {(i.spec.path, i.layout.shape, i.layout.dtype, i.name) for i in conversion.items}
+        wanted = {(i.path, i.layout.shape, i.layout.dtype, i.name) for i in conversion.items}
         if made == wanted:
             return True
     raise UsageError(f"{dst}: there is a checkpoint already; --overwrite replaces it")
@@ -179,7 +179,7 @@ def _resumed(
     allow_nonfinite: bool,
 ) -> dict[str, Weight]:
     """The weights an earlier run has written and compared, with their files in place."""
-    wanted = {item.spec.path: item for item in conversion.items}
+    wanted = {item.path: item for item in conversion.items}
     done = {}
     for record in staging.start(_about(conversion, dtype), resume):
         try:
@@ -217,7 +217,7 @@ class _Job:
     def _write(self, item: Item, arena: np.ndarray) -> Weight:
         """Source to file, rows by rows; every byte is on disk when this returns."""
         layout, source = item.layout, self.conversion.source
-        folder = self.staging.path / WEIGHTS / item.spec.path
+        folder = self.staging.path / WEIGHTS / item.path
         path = folder / layout.file
         with named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,10 +249,10 @@ class _Job:
         digest, chunks = digests.finish()
         file = str(item.info.file.relative_to(self.conversion.folder.path))
         return Weight(
-            path=item.spec.path,
+            path=item.path,
             shape=layout.shape,
             dtype=layout.dtype,
-            axes=item.spec.axes,
+            axes=item.tensor.axes,
             cut=(layout.axis, layout.width),
             source=Source(file, item.name, item.info.dtype, original.hexdigest()),
             digest=digest,
@@ -310,7 +310,7 @@ def _copies(conversion: Conversion, budget: Budget) -> dict[str, Source]:
     """The tied copies of the source, which must be equal to what they copy; looked at first."""
     source, found = conversion.source, {}
     for path, name in conversion.copies.items():
-        info, item = source.tensors[name], next(i for i in conversion.items if i.spec.path == path)
+        info, item = source.tensors[name], next(i for i in conversion.items if i.path == path)
         if (info.shape, info.dtype) != (item.info.shape, item.info.dtype):
             raise differs(source, name, item.name)
         digest = _digest(source, item, name, budget)
@@ -335,10 +335,10 @@ def _digest(source: RowSource, item: Item, name: str, budget: Budget) -> str:
 
 def _finish(conversion: Conversion, staging: Staging, records, copies) -> None:
     """The files beside the weights, and the manifest."""
-    weights = tuple(records[item.spec.path] for item in conversion.items)
+    weights = tuple(records[item.path] for item in conversion.items)
     small = orbax_files.metadata(weights)
     for item in conversion.items:
-        small[f"{WEIGHTS}/{item.spec.path}/zarr.json"] = item.layout.zarr_json
+        small[f"{WEIGHTS}/{item.path}/zarr.json"] = item.layout.zarr_json
     for path in sorted(conversion.folder.path.iterdir()):
         if keep(path):
             small[path.name] = read_small(path)

@@ -13,7 +13,7 @@ from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.checkpoint.safetensors import READABLE, TensorInfo, read_json
 from tpjax.errors import CheckpointError
 from tpjax.models import FAMILIES
-from tpjax.parallel.mesh import allowed_degrees, make_mesh
+from tpjax.parallel.mesh import even_degrees, make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
@@ -87,7 +87,8 @@ def _model(folder: Path, source, found: _Found) -> None:
         found.about |= {
             "parameters": table.parameters,
             "tied": model.config.tie_embeddings,
-            "tensor_degrees": allowed_degrees(model.config),
+            "even_tensor_degrees": even_degrees(model.config),
+            "largest_tensor_degree": model.config.heads,
         }
         if source is not None:
             load.check(table, model.family, source)
@@ -109,7 +110,9 @@ def lines(about: dict, weights: bool) -> list[str]:
     if "parameters" in about:
         tied = "tied" if about["tied"] else "not tied"
         out.append(f"  {about['parameters']:,} parameters, embeddings {tied}")
-        out.append(f"  tensor degrees {', '.join(map(str, about['tensor_degrees']))}")
+        even = ", ".join(map(str, about["even_tensor_degrees"]))
+        most = about["largest_tensor_degree"]
+        out.append(f"  tensor degrees up to {most}; without padding {even}")
     size = f"{about['bytes'] / 1e9:.3f} GB in {about['files']} file(s)"
     out.append(f"  {about['tensors']} tensors ({dtypes}), {size}")
     if weights:

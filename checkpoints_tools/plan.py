@@ -13,22 +13,30 @@ from tpjax.checkpoint.folder import ModelFolder
 from tpjax.checkpoint.layout import NUMPY, Layout
 from tpjax.checkpoint.manifest import MANIFEST
 from tpjax.checkpoint.safetensors import READABLE, WORDS, TensorInfo
+from tpjax.checkpoint.tensors import Tensor, Tensors
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
-from tpjax.weights import WeightSpec, WeightTable
+from tpjax.weights import WeightTable
 
 _MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
 class Item:
-    """One weight: its tensor in the source, and how it will lie in the checkpoint."""
+    """One tensor of the source, and how it will lie in the checkpoint."""
 
-    spec: WeightSpec
-    name: str
+    tensor: Tensor
     info: TensorInfo
     layout: Layout
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def path(self) -> str:
+        return self.tensor.path
 
     @property
     def stored(self) -> str:
@@ -50,7 +58,7 @@ class Item:
     @property
     def bytes_per_device(self) -> int:
         """On the plan's mesh, in the dtype of the checkpoint, padding included."""
-        return self.spec.bytes_per_device // self.spec.dtype.itemsize * self.layout.itemsize
+        return self.tensor.bytes_per_device // self.tensor.dtype.itemsize * self.layout.itemsize
 
     @property
     def row_buffers(self) -> tuple[int, int, int]:
@@ -125,16 +133,14 @@ def plan(
     family = folder.family
     if source is None:
         source = _as_configured(folder, table)
-    load.check(table, family, source)
-    tensors = source.tensors
-    copy = load.tied_copy(table, family, source)
-    copies = {} if copy is None else {"embed.w": copy}
+    ours, tensors = load.check(table, family, source), source.tensors
+    copy = load.tied_copy(ours, source)
+    copies = {} if copy is None else {"embed.w": copy[0]}
     items = []
-    for spec in table.specs:
-        name = family.source(spec.path)
-        stored = dtype or READABLE[tensors[name].dtype]
-        layout = Layout.of(spec.stored, stored, spec.split or 0, spec.unit)
-        items.append(Item(spec, name, tensors[name], layout))
+    for one in ours.all:
+        stored = dtype or READABLE[tensors[one.name].dtype]
+        layout = Layout.of(one.shape, stored, one.split or 0, one.unit)
+        items.append(Item(one, tensors[one.name], layout))
     known = {item.name for item in items} | set(copies.values())
     return Conversion(
         title=Path(src).resolve().name if os.path.exists(src) else str(src),
@@ -154,8 +160,10 @@ def _as_configured(folder: ModelFolder, table: WeightTable) -> Headers:
         raise CheckpointError(
             f"{folder.path}: dtype {folder.stored_dtype!r}; readable are {', '.join(NUMPY)}"
         )
-    names = ((folder.family.source(spec.path), spec.stored) for spec in table.specs)
-    tensors = {name: TensorInfo(folder.path, shape, word) for name, shape in names}
+    tensors = {
+        tensor.name: TensorInfo(folder.path, tensor.shape, word)
+        for tensor in Tensors(table, folder.family).all
+    }
     return Headers(folder.path, tensors)
 
 

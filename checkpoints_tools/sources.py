@@ -27,8 +27,8 @@ from tpjax.checkpoint.safetensors import (
     read_exactly,
     read_json,
 )
+from tpjax.checkpoint.tensors import Tensor
 from tpjax.errors import CheckpointError, UsageError, listing
-from tpjax.models import Family
 
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _LARGEST_UNMAPPED = 1 << 30  # bytes; what is not mapped is in memory until the end
@@ -45,7 +45,7 @@ class RowSource(Protocol):
     @property
     def files(self) -> list[Path]: ...
 
-    def name(self, family: Family, path: str) -> str: ...
+    def key(self, tensor: Tensor) -> str: ...
 
     def rows(self, name: str) -> contextlib.AbstractContextManager[ReadRows]: ...
 
@@ -71,8 +71,8 @@ class Headers:
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
 
-    def name(self, family: Family, path: str) -> str:
-        return family.source(path)
+    def key(self, tensor: Tensor) -> str:
+        return tensor.name
 
     def rows(self, name: str) -> contextlib.AbstractContextManager[ReadRows]:
         raise UsageError(f"{self.folder}: there are no weights here; this can only be planned")
@@ -199,8 +199,8 @@ class TorchRows:
     def files(self) -> list[Path]:
         return sorted(self._states)
 
-    def name(self, family: Family, path: str) -> str:
-        return family.source(path)
+    def key(self, tensor: Tensor) -> str:
+        return tensor.name
 
     @contextlib.contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:

@@ -21,10 +21,11 @@ from tpjax.checkpoint import load
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import MANIFEST, NewerFormat, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
+from tpjax.checkpoint.tensors import Tensor, Tensors
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.parallel.mesh import allowed_degrees, make_mesh
+from tpjax.parallel.mesh import even_degrees, make_mesh
 from tpjax.plan import Plan
-from tpjax.weights import WeightSpec, WeightTable
+from tpjax.weights import WeightTable
 
 OnBytes = Callable[[int], object]
 _BUDGET = Budget(workers=4, arena=ARENA)
@@ -67,23 +68,23 @@ def verify(
     result["files"] = len(source.manifest.files)
     try:
         table = _table(folder, source, tensor)
-        load.check(table, folders.read_folder(folder).family, source)
+        tensors = load.check(table, folders.read_folder(folder).family, source)
     except UsageError:
         raise
     except CheckpointError as error:
         result["problems"] = [*problems, str(error)]
         return result
     result["tensor"] = table.plan.tensor_degree
-    result["weights"] = len(table.specs)
+    result["weights"] = len(tensors.all)
     total = sum(weight.layout.nbytes for weight in source.weights.values())
     on_total(total if conversion is None else total + conversion.source_bytes)
     budget = _BUDGET
     largest = max((sum(source.weights[path].layout.row_buffers) for path in sound), default=0)
     if largest > budget.arena:
         budget = replace(budget, arena=largest)
-    reading = _Reading(source, Workers(budget), on_bytes)
-    specs = [spec for spec in table.specs if spec.path in sound]
-    for found in reading.workers.run(reading.problems_of, specs):
+    reading = _Reading(source, tensors, Workers(budget), on_bytes)
+    whole = [tensor for tensor in tensors.all if tensor.path in sound]
+    for found in reading.workers.run(reading.problems_of, whole):
         problems += found
     if conversion is not None:
         problems += _differences(conversion, source, budget, on_bytes)
@@ -95,7 +96,7 @@ def _table(folder: Path, source: OrbaxFolder, tensor: int | None) -> WeightTable
     config = folders.read_folder(folder).config
     if tensor is None:
         planned = source.manifest.mesh.get("tensor", 1) * source.manifest.mesh.get("rep", 1)
-        others = [d for d in allowed_degrees(config) if d != planned and d <= 8]
+        others = [d for d in even_degrees(config) if d != planned and d <= 8]
         tensor = min((d for d in others if d > 1), default=1)
     return WeightTable(config, Plan(mesh=make_mesh(tensor=tensor)).fit(config))
 
@@ -103,14 +104,15 @@ def _table(folder: Path, source: OrbaxFolder, tensor: int | None) -> WeightTable
 class _Reading:
     """Weights of a checkpoint, row by row, each row put together from the slices of a mesh."""
 
-    def __init__(self, source: OrbaxFolder, workers: Workers, on_bytes: OnBytes):
-        self.source, self.workers, self.on_bytes = source, workers, on_bytes
+    def __init__(self, source: OrbaxFolder, tensors: Tensors, workers: Workers, on_bytes: OnBytes):
+        self.source, self.tensors = source, tensors
+        self.workers, self.on_bytes = workers, on_bytes
 
-    def problems_of(self, spec: WeightSpec, arena: np.ndarray) -> list[str]:
-        weight = self.source.weights[spec.path]
+    def problems_of(self, tensor: Tensor, arena: np.ndarray) -> list[str]:
+        weight = self.source.weights[tensor.path]
         digests = Digests(weight.layout)
         try:
-            for rows, cut in self._rows(spec, weight, arena):
+            for rows, cut in self._rows(tensor, weight, arena):
                 digests.add(rows, cut)
         except CheckpointError as error:
             return [str(error)]
@@ -122,25 +124,21 @@ class _Reading:
         if not blank_padding(self.source.folder, weight):
             return [self.source.damaged(weight, weight.layout.chunks - 1)]
         if whole != weight.digest:
-            return [f"{path}: {spec.path} as devices read it is not what was written"]
+            return [f"{path}: {tensor.path} as devices read it is not what was written"]
         return []
 
     def _rows(
-        self, spec: WeightSpec, weight: Weight, arena: np.ndarray
+        self, tensor: Tensor, weight: Weight, arena: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         layout = weight.layout
         dtype = NUMPY[layout.dtype]
         step, (buffer, cut) = divide(arena, layout.rows, *layout.row_buffers)
-        slices = {
-            tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-            for index in spec.sharding.devices_indices_map(spec.shape).values()
-            if index is not None
-        }
+        slices = sorted(self.tensors.slices(tensor))
         for first in range(0, layout.rows, step):
             self.workers.go_on()
             rows = buffer[: layout.rows - first]
             values = rows.view(dtype).reshape(-1, *layout.shape[1:])
-            for bounds in sorted(slices):
+            for bounds in slices:
                 self._fill(weight, bounds, first, values)
             yield rows, layout.cut(rows, cut.reshape(-1))
             self.on_bytes(rows.size)
@@ -149,8 +147,7 @@ class _Reading:
         """The part of a device's slice that lies in these rows, to its place in them."""
         (low, high), *others = bounds
         low, high = max(low, first), min(high, first + len(values))
-        others = [(a, min(b, n)) for (a, b), n in zip(others, weight.shape[1:], strict=True)]
-        if low >= high or any(a >= b for a, b in others):
+        if low >= high:
             return
         index = (slice(low - first, high - first), *(slice(a, b) for a, b in others))
         out = values[index]
@@ -166,7 +163,7 @@ def _differences(
     workers = Workers(budget)
 
     def of(item: Item, arena: np.ndarray) -> list[str]:
-        weight = source.weights.get(item.spec.path)
+        weight = source.weights.get(item.path)
         if weight is None or weight.shape != item.layout.shape:
             return [f"{item.info.file}: {item.name} is not in the checkpoint, or of another shape"]
         original, stored = xxhash.xxh3_128(), xxhash.xxh3_128()

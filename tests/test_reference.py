@@ -74,7 +74,7 @@ def case(request, tiny_model):
 def test_logits(case):
     """Every position of the longest prompt, which takes several chunks, on the mesh meant."""
     case, llm, hf = case
-    assert tuple(llm.plan.mesh.shape.values()) == case.mesh
+    assert tuple(llm.plan.mesh.shape[a] for a in ("data", "tensor", "rep")) == case.mesh
     assert agrees(llm, hf, prompt(case.lengths[-1], llm.config.vocab))
 
 

@@ -24,7 +24,7 @@ class KVCache:
     @classmethod
     def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
         """Shapes, dtypes and shardings, for lowering without allocating."""
-        shape = (rows, config.kv_heads, length, config.head_dim)
+        shape = (rows, len(plan.heads(config).kv), length, config.head_dim)
         sharding = plan.sharding("batch", "kv_heads", None, None)
         one: Any = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
         return cls(((one, one),) * config.layers)
@@ -32,5 +32,6 @@ class KVCache:
     @staticmethod
     def bytes_per_device(config: ModelConfig, plan: Plan, rows: int, length: int) -> int:
         """Bytes one device holds of ``rows`` sequences of ``length`` positions."""
-        split = plan.shards("kv_heads") * plan.shards("batch")
-        return rows * length * config.kv_bytes_per_token // split
+        held = len(plan.heads(config).kv) // plan.shards("kv_heads")
+        per_token = config.kv_bytes_per_token // config.kv_heads * held
+        return rows * length * per_token // plan.shards("batch")

@@ -3,45 +3,23 @@
 No jax here: a config can be read, compared and planned with before any device is touched.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from tpjax.errors import UsageError
+from tpjax.rope import Rope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding: ``angle = position * inv_freq``, half-split.
+class MoE:
+    """A mixture of experts: every token goes to ``per_token`` of ``experts`` gated MLPs."""
 
-    ``linear`` divides every frequency by ``factor``. ``llama3`` keeps short wavelengths, divides
-    long ones by ``factor`` and blends between (the rule published with Llama 3.1).
-    """
-
-    theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def inv_freq(self, head_dim: int) -> np.ndarray:
-        """Float32 ``[head_dim / 2]``, in radians per position."""
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        inv = (1.0 / np.float32(self.theta) ** exponent).astype(np.float32)
-        match self.kind:
-            case "default":
-                return inv
-            case "linear":
-                return (inv / np.float32(self.factor)).astype(np.float32)
-            case "llama3":
-                wavelength = 2 * math.pi / inv
-                low, high = self.low_freq_factor, self.high_freq_factor
-                smooth = (self.original_max_position / wavelength - low) / (high - low)
-                smooth = np.clip(smooth, 0.0, 1.0)
-                return ((1 - smooth) * inv / self.factor + smooth * inv).astype(np.float32)
+    experts: int
+    per_token: int
+    mlp: int  # width of one expert
+    renormalise: bool = True  # shares of the chosen experts sum to one
+    shared_mlp: int = 0  # width of the expert every token goes to, behind a gate of its own
+    layers: tuple[bool, ...] = ()  # which layers have experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +34,49 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     mlp: int
-    norm_eps: float = 1e-6
-    attn_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
-    rope: Rope = Rope()
     max_position: int = 2048
     dtype: str = "float32"
 
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma multiplies by 1 + weight, in float32
+    norm_place: Literal["before", "around", "after"] = "before"  # where blocks are normalised
+    final_norm: bool = True
+    qk_norm: bool = False  # queries and keys, head by head
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    act: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    moe: MoE | None = None
+
+    tie_embeddings: bool = False
+    embed_scale: float = 1.0
+    embed_in: int = 0  # width of the embedding table, if it is not embed
+    learned_positions: int = 0  # rows of a table of positions, if there is one
+    position_offset: int = 0  # its row for position 0
+
+    rope: Rope | None = Rope()
+    rope_local: Rope | None = None  # of local layers, if it is another one
+    window: int | None = None  # positions a local layer sees, its own included
+    local_layers: tuple[bool, ...] = ()
+    attn_scale: float | None = None  # of the scores; by default head_dim ** -0.5
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values one token keeps in the cache, all layers, all devices."""
+        """Bytes of keys and values one token keeps in the cache, all layers, without padding."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize(self.dtype)
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees no further back than `window`."""
+        return bool(self.local_layers) and self.local_layers[layer]
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.moe is not None and self.moe.layers[layer]
 
 
 def itemsize(dtype: str) -> int:

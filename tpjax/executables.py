@@ -143,7 +143,7 @@ class Executables:
                     )
                     return jax.jit(make).lower()
                 case "prefill":
-                    args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
+                    args = (small((one, rows_or_tokens)), *(small((one,)),) * 3)
                     packed = small((one, sampling.COLUMNS))
                     fn = functools.partial(step.prefill, table)
                     return _jit(fn, 1).lower(weights, cache(one), *args, packed)
@@ -155,7 +155,7 @@ class Executables:
                     fn = functools.partial(step.decode_many, table, DISPATCH)
                     return _jit(fn, 1).lower(weights, cache(rows_or_tokens), packed, small(()))
                 case "score" | "states":
-                    args = (small((one, rows_or_tokens)), small((one,)))
+                    args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
                     fn = functools.partial(getattr(step, kind), table)
                     return _jit(fn, 1).lower(weights, cache(one), *args)
         raise KeyError(name)

@@ -10,6 +10,7 @@ from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.parallel import mesh as meshes
 from tpjax.parallel.collectives import SUMS
+from tpjax.parallel.dims import Dim, Heads, place_heads
 from tpjax.parallel.rules import MeshAxes, Rules
 
 
@@ -28,7 +29,11 @@ class Plan:
 
     def fit(self, config: ModelConfig) -> "Plan":
         """This plan on the mesh that suits the model (see `tpjax.parallel.mesh.fit`)."""
-        return replace(self, mesh=meshes.fit(self.mesh, config))
+        mesh, heads = meshes.fit(self.mesh, config)
+        rules = self.rules
+        if rules.heads == Rules().heads:  # else somebody has decided
+            rules = replace(rules, kv_heads=heads.kv, heads=heads.kv + heads.copies)
+        return replace(self, mesh=mesh, rules=rules)
 
     @property
     def data(self) -> int:
@@ -66,10 +71,22 @@ class Plan:
             n *= self.mesh.shape[name]
         return n
 
-    def padded(self, axis: str, size: int) -> int:
-        """``size`` rounded up so that the axis splits evenly."""
+    def dim(self, axis: str, size: int) -> Dim:
+        """A dimension of ``size`` elements, padded at its end so that the axis splits evenly."""
         n = self.shards(axis)
-        return -(-size // n) * n
+        return Dim(axis, size, -(-size // n) * n)
+
+    def heads(self, config: ModelConfig) -> Heads:
+        """Which head is where (see `tpjax.parallel.dims.place_heads`)."""
+        shards = self.shards("kv_heads")
+        copies = self.shards("heads") // shards
+        return place_heads(config.heads, config.kv_heads, shards, copies)
+
+    @property
+    def sharing(self) -> MeshAxes:
+        """The mesh axes along which devices hold the same key/value heads."""
+        kv = self.mesh_axes("kv_heads")
+        return tuple(a for a in self.mesh_axes("heads") if a not in kv)
 
     def spec(self, *axes: str | None, partial: MeshAxes = ()) -> PartitionSpec:
         return self._splitting.spec(*axes, partial=partial)

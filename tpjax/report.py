@@ -68,7 +68,7 @@ class Report:
     def loaded(self, llm: LLM) -> None:
         """The mesh and what it holds, once the weights are there."""
         memory = llm.memory
-        self.say(picture(llm.plan.mesh, llm.config))
+        self.say(picture(llm.plan.mesh, llm.plan.heads(llm.config), llm.plan.sharing))
         self.say(
             f"per device: weights {memory.weights / GB:.3f} GB, cache {memory.cache / GB:.3f} GB of"
             f" {memory.available / GB:.1f} GB; {llm.config.family} of"

@@ -27,12 +27,14 @@ def prefill(
     token_BT: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
+    length_B: jax.Array,
     packed_BC: jax.Array,
 ) -> tuple[KVCache, Drawn]:
     """Append ``count`` tokens of each sequence from position ``start`` on and draw the token that
-    follows them. A long prompt comes in several calls; only the last one's token is meant."""
+    follows them. A long prompt, of ``length`` tokens, comes in several calls; only the last one's
+    token is meant."""
     rows = sampling.unpack(packed_BC)
-    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B)
+    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, length_B)
     x_B1D = last_token(x_BTD, jax.reshard(count_B, table.plan.spec("batch")))
     rows = dataclasses.replace(rows, position_B=start_B + count_B - 1)
     return cache, _draw(table, model, x_B1D, rows)
@@ -42,17 +44,21 @@ def decode(
     table: WeightTable, weights: Leaves, cache: KVCache, rows: Rows
 ) -> tuple[KVCache, Drawn]:
     """One token for every sequence: write the last token's keys and values, draw the next."""
-    model, x_B1D, cache = _append(table, weights, cache, rows.token_B[:, None], rows.position_B)
+    token_B1, at_B = rows.token_B[:, None], rows.position_B
+    model, x_B1D, cache = _append(table, weights, cache, token_B1, at_B, at_B + 1)
     return cache, _draw(table, model, x_B1D, rows)
 
 
-def _append(table: WeightTable, weights: Leaves, cache: KVCache, token_BT, start_B, taps=None):
+def _append(
+    table: WeightTable, weights: Leaves, cache: KVCache, token_BT, start_B, length_B, taps=None
+):
     """The model, the residual stream of T tokens from ``start`` on, and the cache with them."""
     plan, model = table.plan, table.module(weights)
     position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
     by_batch = plan.spec("batch", None)
     token_BT, position_BT = jax.reshard(token_BT, by_batch), jax.reshard(position_BT, by_batch)
-    x_BTD, cache = model(token_BT, position_BT, cache, taps)
+    length_B = jax.reshard(length_B, plan.spec("batch"))
+    x_BTD, cache = model(token_BT, position_BT, length_B, cache, taps)
     return model, x_BTD, cache
 
 
@@ -121,9 +127,10 @@ def score(
     cache: KVCache,
     token_BT: jax.Array,
     start_B: jax.Array,
+    length_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
     """Like prefill, but returns float32 logits ``[B, T, V]`` of every position."""
-    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B)
+    model, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, length_B)
     return cache, model.logits(x_BTD)
 
 
@@ -133,9 +140,10 @@ def states(
     cache: KVCache,
     token_BT: jax.Array,
     start_B: jax.Array,
+    length_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
     """Like score, but returns the residual stream as it is after the embedding, after every block
     and after the final norm: ``[L + 2, B, T, D]``."""
     taps: list[jax.Array] = []
-    _, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, taps)
+    _, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, length_B, taps)
     return cache, jnp.stack([*taps, x_BTD])

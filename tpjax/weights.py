@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 
 from tpjax.config import ModelConfig
 from tpjax.nn.decoder import Decoder
+from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
 
 
@@ -22,19 +23,29 @@ from tpjax.plan import Plan
 class WeightSpec:
     """One weight: where it sits in the model and how it is laid over the mesh.
 
-    ``stored`` is the shape a checkpoint holds; ``shape`` is larger where the vocabulary was padded.
-    ``split`` is the dimension that meshes may cut, None if there is none, and ``unit`` how many of
-    its elements stay together: a head.
+    ``shape`` is larger than ``stored``, the shape checkpoints hold, where a dimension is padded.
+    ``split`` is the first dimension that meshes may cut, None if there is none; ``split_inside``
+    the same of one expert's weight.
     """
 
     path: str
-    shape: tuple[int, ...]
-    stored: tuple[int, ...]
+    dims: tuple[Dim, ...]
     dtype: np.dtype
-    axes: tuple[str | None, ...]
     sharding: Sharding
     split: int | None
-    unit: int
+    split_inside: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(dim.size for dim in self.dims)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        return tuple(dim.stored for dim in self.dims)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        return tuple(dim.axis for dim in self.dims)
 
     @property
     def bytes(self) -> int:
@@ -56,21 +67,15 @@ class WeightTable:
         self.specs = tuple(self._spec(path, leaf) for path, leaf in nnx.to_flat_state(state))
 
     def _spec(self, path, leaf) -> WeightSpec:
-        axes = tuple(leaf.get_metadata()["axes"])
-        vocab = self.config.vocab
-        stored = tuple(vocab if a == "vocab" else n for a, n in zip(axes, leaf.shape, strict=True))
-        rules = self.plan.rules
-        split = next((n for n, axis in enumerate(axes) if rules.mesh_axes(axis)), None)
-        heads = split is not None and axes[split] in ("heads", "kv_heads")
+        dims: tuple[Dim, ...] = tuple(leaf.get_metadata()["dims"])
+        cut = [bool(self.plan.rules.mesh_axes(dim.axis)) for dim in dims]
         return WeightSpec(
             path=".".join(map(str, path)),
-            shape=tuple(leaf.shape),
-            stored=stored,
+            dims=dims,
             dtype=np.dtype(leaf.dtype),
-            axes=axes,
-            sharding=self.plan.sharding(*axes),
-            split=split,
-            unit=self.config.head_dim if heads else 1,
+            sharding=self.plan.sharding(*(dim.axis for dim in dims)),
+            split=cut.index(True) if any(cut) else None,
+            split_inside=cut[1:].index(True) if any(cut[1:]) else None,
         )
 
     @cached_property
@@ -85,6 +90,11 @@ class WeightTable:
     @property
     def bytes_per_device(self) -> int:
         return sum(spec.bytes_per_device for spec in self.specs)
+
+    @property
+    def padding(self) -> float:
+        """Elements that are padding, as a share of the model's own; heads, MLP and vocabulary."""
+        return sum(math.prod(spec.shape) for spec in self.specs) / self.parameters - 1
 
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The leaves without values, for lowering."""

@@ -16,7 +16,7 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import WEIGHTS, Manifest
 from tpjax.checkpoint.orbax import as_bytes
-from tpjax.parallel.mesh import allowed_degrees, make_mesh
+from tpjax.parallel.mesh import even_degrees, make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     env.start(devices=8)
-    tensor = max(d for d in allowed_degrees(folders.read_folder(args.folder).config) if d <= 8)
+    tensor = max(d for d in even_degrees(folders.read_folder(args.folder).config) if d <= 8)
     wrong = differing(args.folder, tensor)
     print(json.dumps({"tensor": tensor, "differing": wrong}))
     return 1 if wrong else 0

@@ -126,7 +126,7 @@ def tensorstore_write(src: Path, dst: Path) -> None:
         store = tensorstore.open(
             {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": f"{dst / item.spec.path}/"},
+                "kvstore": {"driver": "file", "path": f"{dst / item.path}/"},
                 "metadata": {word: about[word] for word in kept},
                 "create": True,
             },

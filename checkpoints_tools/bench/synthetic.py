@@ -46,7 +46,7 @@ def write(folder: Path, layers: int, shards: int, dtype: str = "bfloat16", **fac
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     total = sum(spec.bytes // spec.dtype.itemsize * kind.itemsize for spec in specs)
     random = np.random.default_rng(0)
-    name, where, shard, held = find("llama", "synthetic").source, {}, {}, 0
+    name, where, shard, held = find("llama", "synthetic").name, {}, {}, 0
 
     def flush() -> None:
         nonlocal shard, held

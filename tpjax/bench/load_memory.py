@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, stored: str, seed: int = 0) -> int:
     block = np.random.default_rng(seed).normal(0, 0.02, 1 << 20).astype(dtype)
     where = {}
     for spec in table.specs:
-        name = model.family.source(spec.path)
+        name = model.family.name(spec.path)
         where[name] = f"model-{len(where):05}.safetensors"
         save_file({name: np.resize(block, spec.stored)}, folder / where[name])
     index = {"metadata": {}, "weight_map": where}

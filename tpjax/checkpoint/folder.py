@@ -11,6 +11,7 @@ from tpjax.checkpoint.safetensors import one_line, read_json
 from tpjax.config import DTYPES, ModelConfig, check_dtype
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family, find
+from tpjax.rope import Rope
 
 BUNDLED = "shakespeare-4m"
 _UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
@@ -113,7 +114,9 @@ def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
 
     transformers.logging.set_verbosity_error()
     try:
-        hf = transformers.CONFIG_MAPPING[family.model_type].from_dict(raw).to_dict()
+        known = transformers.CONFIG_MAPPING
+        name = family.model_type
+        hf = known[name].from_dict(raw).to_dict() if name in known else raw
         config = family.config(hf)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -132,15 +135,30 @@ def impossible(config: ModelConfig) -> str | None:
     for word in sizes:
         if getattr(config, word) < 1:
             return f"{word}={getattr(config, word)}: must be 1 or more"
+    if config.moe is not None:
+        moe = config.moe
+        for word in ("experts", "per_token", "mlp"):
+            if getattr(moe, word) < 1:
+                return f"{word}={getattr(moe, word)}: must be 1 or more"
+        if moe.per_token > moe.experts:
+            return f"{moe.per_token} experts per token, but there are only {moe.experts}"
     if config.heads % config.kv_heads:
         return f"heads={config.heads} is not a multiple of kv_heads={config.kv_heads}"
-    if config.head_dim % 2:
-        return f"head_dim={config.head_dim}: must be even"
+    ropes = filter(None, (config.rope, config.rope_local))
+    return next(filter(None, (_impossible_rope(rope, config.head_dim) for rope in ropes)), None)
+
+
+def _impossible_rope(rope: Rope, head_dim: int) -> str | None:
+    dim = rope.dim(head_dim)
+    if dim < 2 or dim % 2:
+        return f"head_dim={head_dim}: must be even"
     for word in ("theta", "factor", "original_max_position"):
-        if not getattr(config.rope, word) > 0:
-            return f"rope {word}={getattr(config.rope, word)}: must be above 0"
-    if config.rope.kind == "llama3" and config.rope.low_freq_factor >= config.rope.high_freq_factor:
+        if not getattr(rope, word) > 0:
+            return f"rope {word}={getattr(rope, word)}: must be above 0"
+    if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         return "rope low_freq_factor must be below high_freq_factor"
+    if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == dim // 2:
+        return f"rope short_factor and long_factor must have {dim // 2} numbers each"
     return None
 
 

@@ -5,7 +5,7 @@ weight's slices on their way. No full copy of the model ever exists on the host.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from tpjax.checkpoint import orbax
-from tpjax.checkpoint.orbax import Bounds, OrbaxFolder, Verify
+from tpjax.checkpoint.orbax import OrbaxFolder, Verify
 from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder, TensorInfo
+from tpjax.checkpoint.tensors import Bounds, Tensor, Tensors
 from tpjax.errors import CheckpointError, UsageError, listing
 from tpjax.models import Family
 from tpjax.weights import WeightSpec, WeightTable
@@ -27,12 +28,12 @@ _LARGE = 1 << 25  # bytes of a slice that are worth several threads
 
 
 class Named(Protocol):
-    """What can be checked against a table: tensors, and what our weights are called there."""
+    """What can be checked against a table: tensors, and what ours are called there."""
 
     folder: Path
     tensors: dict[str, TensorInfo]
 
-    def name(self, family: Family, path: str) -> str: ...
+    def key(self, tensor: Tensor) -> str: ...
 
 
 def open_source(folder: Path, verify: Verify | None = None) -> Source:
@@ -57,33 +58,34 @@ def load(
     Raises CheckpointError listing every missing, extra, mis-shaped or unreadable tensor before
     anything is read, and naming the weight that holds a NaN or an infinity.
     """
-    names = check(table, family, source)
-    _check_tied_copy(table, family, source)
-    leaves = tuple(put(spec, source, names[spec.path]) for spec in progress(table.specs))
+    tensors = check(table, family, source)
+    _check_tied_copy(tensors, source)
+    leaves = tuple(put(spec, source, tensors) for spec in progress(table.specs))
     source.check_unchanged()
     return leaves
 
 
-def check(table: WeightTable, family: Family, source: Named) -> dict[str, str]:
-    """Our path -> the checkpoint's name, for every weight; nothing is read."""
-    names = {spec.path: source.name(family, spec.path) for spec in table.specs}
+def check(table: WeightTable, family: Family, source: Named) -> Tensors:
+    """The tensors of this model, all of which the checkpoint has; nothing is read."""
     stored = source.tensors
+    tensors = Tensors(table, family, stored)
+    wanted = {source.key(tensor): tensor for tensor in tensors.all}
     problems = []
-    missing = [name for name in names.values() if name not in stored]
+    missing = [name for name in wanted if name not in stored]
     if missing:
         problems.append(f"missing {listing(missing)}")
-    allowed = set(names.values()) | {tied_copy(table, family, source)}
-    extra = [n for n in stored if n not in allowed and not n.endswith(family.ignored)]
+    allowed = wanted.keys() | {tensors.tied}
+    extra = [n for n in stored if n not in allowed and not tensors.family.ignores(n)]
     if extra:
         problems.append(f"not part of this model: {listing(sorted(extra))}")
     shapes = [
-        f"{names[s.path]} is {list(stored[names[s.path]].shape)}, the config says {list(s.stored)}"
-        for s in table.specs
-        if names[s.path] in stored and stored[names[s.path]].shape != s.stored
+        f"{name} is {list(stored[name].shape)}, the config says {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in stored and stored[name].shape != tensor.shape
     ]
     if shapes:
         problems.append(f"wrong shape: {listing(shapes, 4)}")
-    needed = [n for n in names.values() if n in stored]
+    needed = [n for n in wanted if n in stored]
     unreadable = [f"{n} is {stored[n].dtype}" for n in needed if stored[n].dtype not in READABLE]
     if unreadable:
         known = ", ".join(READABLE)
@@ -91,15 +93,14 @@ def check(table: WeightTable, family: Family, source: Named) -> dict[str, str]:
     if problems:
         problems.append("config.json and weights must be of one model")
         raise CheckpointError(f"{source.folder}: {'; '.join(problems)}")
-    return names
+    return tensors
 
 
-def tied_copy(table: WeightTable, family: Family, source: Named) -> str | None:
-    """The checkpoint's name of a second copy of the embedding, which some files hold."""
-    if not table.config.tie_embeddings:
+def tied_copy(tensors: Tensors, source: Named) -> tuple[str, str] | None:
+    """The names of a second copy of the embedding, which some files hold, and of the embedding."""
+    if tensors.tied is None or tensors.tied not in source.tensors:
         return None
-    name = source.name(family, "head")
-    return name if name in source.tensors else None
+    return tensors.tied, tensors.family.name("embed.w")
 
 
 def differs(source: Named, copy: str, original: str) -> CheckpointError:
@@ -110,10 +111,11 @@ def differs(source: Named, copy: str, original: str) -> CheckpointError:
     )
 
 
-def _check_tied_copy(table: WeightTable, family: Family, source: Source) -> None:
-    copy, original = tied_copy(table, family, source), source.name(family, "embed.w")
-    if copy is None:
+def _check_tied_copy(tensors: Tensors, source: Source) -> None:
+    found = tied_copy(tensors, source)
+    if found is None:
         return
+    copy, original = found
     one, other = source.tensors[copy], source.tensors[original]
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         raise differs(source, copy, original)
@@ -127,21 +129,21 @@ def _check_tied_copy(table: WeightTable, family: Family, source: Source) -> None
             raise differs(source, copy, original)
 
 
-def put(spec: WeightSpec, source: Source, name: str) -> jax.Array:
+def put(spec: WeightSpec, source: Source, tensors: Tensors) -> jax.Array:
     """One weight on its devices. Slices that several devices share are read once."""
-    devices_of: dict[tuple, list] = {}
+    devices_of: dict[Bounds, list] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
         devices_of.setdefault(key, []).append(device)
     slices = {bounds: _empty(spec, bounds) for bounds in devices_of}
     jobs = [
-        (piece, out[where])
+        job
         for bounds, out in slices.items()
-        for piece, where in _pieces(bounds, source.grain(name), out.nbytes, len(slices))
+        for job in _jobs(spec, source, tensors, bounds, out, len(slices))
     ]
-    with ThreadPoolExecutor(max_workers=min(_THREADS, len(jobs))) as pool:
-        list(pool.map(lambda job: _fill(spec, source, name, *job), jobs))
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        list(pool.map(lambda job: _read(source, *job), jobs))
     arrays = [
         jax.device_put(part, device)
         for part, devices in zip(slices.values(), devices_of.values(), strict=True)
@@ -151,10 +153,11 @@ def put(spec: WeightSpec, source: Source, name: str) -> jax.Array:
     return jax.block_until_ready(whole)  # bounds what is in flight to this one weight
 
 
-def read_slice(spec: WeightSpec, source: Source, name: str, bounds: Bounds) -> np.ndarray:
+def read_slice(spec: WeightSpec, source: Source, tensors: Tensors, bounds: Bounds) -> np.ndarray:
     """``bounds`` of one weight in its final dtype."""
     out = _empty(spec, bounds)
-    _fill(spec, source, name, bounds, out)
+    for job in _jobs(spec, source, tensors, bounds, out, _THREADS):
+        _read(source, *job)
     return out
 
 
@@ -166,6 +169,20 @@ def _empty(spec: WeightSpec, bounds: Bounds, boundary: int = 64) -> np.ndarray:
     raw = np.empty(size + boundary, np.uint8)
     start = -raw.ctypes.data % boundary
     return raw[start : start + size].view(spec.dtype).reshape(shape)
+
+
+def _jobs(
+    spec: WeightSpec, source: Source, tensors: Tensors, bounds: Bounds, out: np.ndarray, others: int
+) -> Iterator[tuple[str, Bounds, np.ndarray]]:
+    """What fills one slice: (tensor, what of it, where to), in enough pieces for all threads where
+    it is large. Padding, which no checkpoint has, is zero."""
+    pieces = list(tensors.pieces(spec, bounds))
+    if sum(out[where].size for _, _, where in pieces) < out.size:
+        out[...] = 0
+    for tensor, stored, where in pieces:
+        name, target = source.key(tensor), out[where]
+        for piece, inside in _pieces(stored, source.grain(name), target.nbytes, others):
+            yield name, piece, target[inside]
 
 
 def _pieces(bounds: Bounds, grain: tuple[int, int], nbytes: int, others: int):
@@ -182,19 +199,11 @@ def _pieces(bounds: Bounds, grain: tuple[int, int], nbytes: int, others: int):
         yield (*bounds[:axis], (begin, end), *bounds[axis + 1 :]), tuple(where)
 
 
-def _fill(spec: WeightSpec, source: Source, name: str, bounds: Bounds, out: np.ndarray) -> None:
-    """Read ``bounds`` of one weight into ``out``, cast and checked, piece by piece."""
-    # Padding, rows that no checkpoint has, is zero; a device may hold nothing else.
-    stored = tuple((a, min(b, n)) for (a, b), n in zip(bounds, spec.stored, strict=True))
-    counts = tuple(max(0, b - a) for a, b in stored)
-    if counts != out.shape:
-        out[...] = 0
-    if not all(counts):
-        return
-    filled = out[tuple(slice(0, n) for n in counts)]
-    kept = READABLE[source.tensors[name].dtype] in (spec.dtype.name, *_WITHIN[spec.dtype.name])
-    for where, part in source.parts(name, stored, filled):
-        target = filled[where]
+def _read(source: Source, name: str, bounds: Bounds, out: np.ndarray) -> None:
+    """Read ``bounds`` of one tensor into ``out``, cast and checked, piece by piece."""
+    kept = READABLE[source.tensors[name].dtype] in (out.dtype.name, *_WITHIN[out.dtype.name])
+    for where, part in source.parts(name, bounds, out):
+        target = out[where]
         if part is not None:  # else it was read to where it belongs
             cast_into(target, part)
         if not (source.finite and kept):

@@ -18,11 +18,10 @@ import xxhash
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import DAMAGED, MANIFEST, Manifest, Weight
 from tpjax.checkpoint.safetensors import WORDS, TensorInfo, one_line, opened, read_exactly
+from tpjax.checkpoint.tensors import Bounds, Tensor
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.models import Family
 
 Verify = Literal["fast", "full"]
-Bounds = tuple[tuple[int, int], ...]
 _SAMPLE = 32  # chunks that "fast" reads, others at every start
 
 
@@ -63,9 +62,9 @@ class OrbaxFolder:
                 raise CheckpointError(problems[0])
             self.bytes_read = 0
 
-    def name(self, family: Family, path: str) -> str:
-        """What the weight at one of our paths is called here."""
-        return path
+    def key(self, tensor: Tensor) -> str:
+        """What a tensor is called here."""
+        return tensor.path
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if another checkpoint took this one's place since it was opened:

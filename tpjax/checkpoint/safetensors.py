@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tpjax.checkpoint.tensors import Tensor
 from tpjax.errors import CheckpointError, listing
-from tpjax.models import Family
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -114,9 +114,9 @@ class SafetensorsFolder:
             ) from error
         self._open[path] = handle
 
-    def name(self, family: Family, path: str) -> str:
-        """What the weight at one of our paths is called here."""
-        return family.source(path)
+    def key(self, tensor: Tensor) -> str:
+        """What a tensor is called here."""
+        return tensor.name
 
     def check_unchanged(self) -> None:
         """Files stay open, so what was opened is what is read."""

@@ -94,6 +94,10 @@ class Engine:
         rows = [group[r][1].prompt_row() if r in group else None for r in range(self.data)]
         packed = self.exe.upload(sampling.pack(rows))
         start, drawn = 0, None
+        length = np.ones(self.data, np.int32)
+        for replica, (_, request) in group.items():
+            length[replica] = len(request.prompt_ids)
+        length = self.exe.upload(length)
         for size in self._chunks(next(iter(group.values()))[1]):
             token = np.zeros((self.data, size), np.int32)
             count = np.ones(self.data, np.int32)
@@ -103,7 +107,7 @@ class Engine:
                 count[replica] = len(part)
             begin = np.full(self.data, start, np.int32)
             args = map(self.exe.upload, (token, begin, count))
-            one, drawn = self.exe[f"prefill[t{size}]"](self.weights, one, *args, packed)
+            one, drawn = self.exe[f"prefill[t{size}]"](self.weights, one, *args, length, packed)
             start += size
         return one, jax.tree.map(lambda x: x[None], jax.device_get(drawn))
 

@@ -214,13 +214,14 @@ class LLM:
         ids = check_ids(list(token_ids), self.config.vocab, self.max_model_len, room=0)
         exe = self.executables
         cache, start = exe[f"zeros[b{exe.one}]"](), 0
+        length = exe.upload(np.full(exe.one, len(ids), np.int32))
         for size in exe.buckets.chunk_sizes(len(ids)):
             token = np.zeros((exe.one, size), np.int32)
             part = ids[start : start + size]
             token[:, : len(part)] = part
             begin = np.full(exe.one, start, np.int32)
             cache, out = exe[f"{kind}[t{size}]"](
-                self.weights, cache, exe.upload(token), exe.upload(begin)
+                self.weights, cache, exe.upload(token), exe.upload(begin), length
             )
             yield np.asarray(out), len(part)
             start += size

@@ -52,8 +52,9 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     chunk against the whole context in float32, and a few rows of the widest activation."""
     config, split = table.config, table.plan.tensor_degree
     chunk = buckets.chunks[-1]
-    scores = 2 * config.heads // split * buckets.context
-    widest = 4 * (config.mlp // split + 2 * config.embed)
+    heads = -(-len(table.plan.heads(config).queries) // split)
+    scores = 2 * heads * buckets.context
+    widest = 4 * (-(-config.mlp // split) + 2 * config.embed)
     logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
     return 4 * (chunk * (scores + widest) + logits)
 

@@ -4,33 +4,53 @@ B sequences, T tokens, D embed, V vocabulary (padded).
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from tpjax.cache import KVCache
 from tpjax.config import ModelConfig
 from tpjax.nn.attention import Attention
 from tpjax.nn.embed import Embed
-from tpjax.nn.linear import linear
+from tpjax.nn.linear import Linear, linear
 from tpjax.nn.mlp import MLP
-from tpjax.nn.norm import RMSNorm
+from tpjax.nn.moe import MoE
+from tpjax.nn.norm import norm
 from tpjax.nn.param import value, weight
 from tpjax.nn.rope import cos_sin
+from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each added to the residual stream, which is normalised before each of
+    them, around each of them, or after it was added."""
 
-    def __init__(self, config: ModelConfig, plan: Plan):
-        self.attn_norm = RMSNorm(config.embed, eps=config.norm_eps, dtype=config.dtype)
-        self.attn = Attention(config, plan)
-        self.mlp_norm = RMSNorm(config.embed, eps=config.norm_eps, dtype=config.dtype)
-        self.mlp = MLP(config, plan)
+    def __init__(self, config: ModelConfig, plan: Plan, layer: int):
+        self.place = config.norm_place
+        self.attn_norm, self.mlp_norm = norm(config), norm(config)
+        self.attn = Attention(config, plan, layer)
+        if config.is_sparse(layer):
+            self.moe = MoE(config, plan)
+        else:
+            self.mlp = MLP(config, plan)
+        if self.place == "around":
+            self.post_attn_norm, self.post_mlp_norm = norm(config), norm(config)
 
     def __call__(self, x_BTD, rope, cache, position_BT):
-        attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
-        x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        mlp = self.moe if hasattr(self, "moe") else self.mlp
+        match self.place:
+            case "before":
+                attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
+                x_BTD = x_BTD + attended
+                return x_BTD + mlp(self.mlp_norm(x_BTD)), cache
+            case "around":
+                attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
+                x_BTD = x_BTD + self.post_attn_norm(attended)
+                return x_BTD + self.post_mlp_norm(mlp(self.mlp_norm(x_BTD))), cache
+            case "after":
+                attended, cache = self.attn(x_BTD, rope, cache, position_BT)
+                x_BTD = self.attn_norm(x_BTD + attended)
+                return self.mlp_norm(x_BTD + mlp(x_BTD)), cache
 
 
 class Decoder(nnx.Module):
@@ -39,38 +59,72 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, plan: Plan):
         self.config, self.plan = config, plan
-        self.embed = Embed(config.vocab, config.embed, plan=plan, dtype=config.dtype)
-        self.blocks = nnx.List([Block(config, plan) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.embed, eps=config.norm_eps, dtype=config.dtype)
+        D, width = plan.dim("embed", config.embed), config.embed_in or config.embed
+        W = plan.dim("embed", width)
+        self.embed = Embed(config.vocab, width, plan=plan, dtype=config.dtype)
+        if config.learned_positions:
+            rows = Dim(None, config.learned_positions, config.learned_positions)
+            self.positions = weight((rows, D), config.dtype)
+        if width != config.embed:
+            self.project_in = Linear(D, W, plan=plan, dtype=config.dtype)
+            self.project_out = Linear(W, D, plan=plan, dtype=config.dtype)
+        self.blocks = nnx.List([Block(config, plan, n) for n in range(config.layers)])
+        self.norm = norm(config) if config.final_norm else None
         if not config.tie_embeddings:
-            shape = (plan.padded("vocab", config.vocab), config.embed)
-            self.head = weight(shape, ("vocab", "embed"), config.dtype)
+            self.head = weight((plan.dim("vocab", config.vocab), W), config.dtype)
 
     def __call__(
         self,
         token_BT: jax.Array,
         position_BT: jax.Array,
+        length_B: jax.Array,
         cache: KVCache,
         taps: list[jax.Array] | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """The residual stream ``x_BTD`` after the final norm, and the cache with T more tokens.
 
+        ``length``: how long the sequences are that these tokens belong to, see `cos_sin`.
         ``taps``, if given, receives the embedding's and every block's output.
         """
         config = self.config
-        x_BTD = self.embed(token_BT)
-        rope = cos_sin(config.rope, config.head_dim, position_BT, x_BTD.dtype)
+        x_BTD = self.start(token_BT, position_BT)
+        angles = {
+            rope: cos_sin(rope, config.head_dim, position_BT, length_B, x_BTD.dtype)
+            for rope in {config.rope, config.rope_local} - {None}
+        }
         layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
+        for n, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             if taps is not None:
                 taps.append(x_BTD)
-            x_BTD, layer = block(x_BTD, rope, layer, position_BT)
+            local = config.rope_local if config.is_local(n) else None
+            x_BTD, layer = block(x_BTD, angles.get(local or config.rope), layer, position_BT)
             layers.append(layer)
         if taps is not None:
             taps.append(x_BTD)
-        return self.norm(x_BTD), KVCache(tuple(layers))
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return x_BTD, KVCache(tuple(layers))
+
+    def start(self, token_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        """What goes into the first block."""
+        config = self.config
+        x_BTD = self.embed(token_BT)
+        if config.embed_scale != 1.0:  # rounded to the dtype first, as in training
+            x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+        if config.embed_in:
+            x_BTD = self.project_in(x_BTD)
+        if config.learned_positions:
+            row_BT = position_BT + config.position_offset
+            spec = self.plan.spec("batch", None, "embed")
+            x_BTD = x_BTD + value(self.positions).at[row_BT].get(out_sharding=spec)
+        return x_BTD
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 ``[B, T, V]``, split over the vocabulary; padded entries are meaningless."""
+        if self.config.embed_in:
+            x_BTD = self.project_out(x_BTD)
         table = self.embed.w if self.config.tie_embeddings else self.head
-        return linear(self.plan, x_BTD, value(table), "vocab", "embed")
+        logits_BTV = linear(self.plan, x_BTD, value(table), "vocab", "embed")
+        if cap := self.config.final_softcap:
+            logits_BTV = jnp.tanh(logits_BTV / cap) * cap
+        return logits_BTV

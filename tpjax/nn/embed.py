@@ -1,4 +1,4 @@
-"""Token embedding, its table split over the vocabulary. V vocabulary (padded), D embed."""
+"""Token embedding, its table split over the vocabulary. V vocabulary (padded), D its width."""
 
 import jax
 from flax import nnx
@@ -11,9 +11,9 @@ from tpjax.plan import Plan
 class Embed(nnx.Module):
     """Rows of a table; ``vocab`` is rounded up so that every device holds equally many."""
 
-    def __init__(self, vocab: int, embed: int, *, plan: Plan, dtype: str):
+    def __init__(self, vocab: int, width: int, *, plan: Plan, dtype: str):
         self.plan = plan
-        self.w = weight((plan.padded("vocab", vocab), embed), ("vocab", "embed"), dtype)
+        self.w = weight((plan.dim("vocab", vocab), plan.dim("embed", width)), dtype)
 
     def __call__(self, token_BT: jax.Array) -> jax.Array:
         return lookup(self.plan, value(self.w), token_BT)

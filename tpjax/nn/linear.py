@@ -13,30 +13,23 @@ from flax import nnx
 
 from tpjax.nn.param import value, weight
 from tpjax.ops.matmul import matmul
+from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
 
 
 class Linear(nnx.Module):
-    """``y_BTO = x_BTI @ w_OI.T + b_O``, with ``out`` and ``in_`` given as (logical axis, size).
+    """``y_BTO = x_BTI @ w_OI.T + b_O``.
 
     If the plan splits the output axis, each device computes its own columns. If it splits the input
     axis, each device holds a partial sum, in float32, and `Plan.sum` makes it whole; a bias is
     added after that, so that it counts once.
     """
 
-    def __init__(
-        self,
-        out: tuple[str | None, int],
-        in_: tuple[str | None, int],
-        *,
-        plan: Plan,
-        dtype: str,
-        bias: bool = False,
-    ):
-        (self.out_axis, out_size), (self.in_axis, in_size) = out, in_
+    def __init__(self, out: Dim, in_: Dim, *, plan: Plan, dtype: str, bias: bool = False):
+        self.out_axis, self.in_axis = out.axis, in_.axis
         self.plan = plan
-        self.w = weight((out_size, in_size), (self.out_axis, self.in_axis), dtype)
-        self.b = weight((out_size,), (self.out_axis,), dtype) if bias else None
+        self.w = weight((out, in_), dtype)
+        self.b = weight((out,), dtype) if bias else None
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         y_BTO = linear(self.plan, x_BTI, value(self.w), self.out_axis, self.in_axis)
@@ -47,23 +40,25 @@ class Linear(nnx.Module):
 
 
 def linear(
-    plan: Plan,
-    x_BTI: jax.Array,
-    w_OI: jax.Array,
-    out_axis: str | None,
-    in_axis: str | None,
+    plan: Plan, x_BTI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
 ) -> jax.Array:
     """The product in float32, summed over the devices that share the input axis."""
-    T_asked = x_BTI.shape[1]
+    B, T, _ = x_BTI.shape
+    y_RO = product(plan, x_BTI, w_OI, out_axis, in_axis)
+    y_RO = plan.sum(y_RO, plan.mesh_axes(in_axis), "batch", out_axis)
+    y_BTO = plan.reshape(y_RO, (B, y_RO.shape[0] // B, y_RO.shape[1]), "batch", None, out_axis)
+    return y_BTO[:, :T]
+
+
+def product(
+    plan: Plan, x_BTI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
+) -> jax.Array:
+    """``y_RO`` in float32, not yet summed."""
     if _alone_on_a_cpu(plan, x_BTI):
         x_BTI = jnp.concatenate([x_BTI, x_BTI], axis=1)
     B, T, features = x_BTI.shape
     x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
-    partial = plan.mesh_axes(in_axis)
-    y_RO = matmul(plan, x_RI, w_OI, out_axis, partial)
-    y_RO = plan.sum(y_RO, partial, "batch", out_axis)
-    y_BTO = plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
-    return y_BTO[:, :T_asked]
+    return matmul(plan, x_RI, w_OI, out_axis, plan.mesh_axes(in_axis))
 
 
 def _alone_on_a_cpu(plan: Plan, x_BTI: jax.Array) -> bool:

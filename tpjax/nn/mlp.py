@@ -1,4 +1,4 @@
-"""Gated MLP. B sequences, T tokens, D embed, F mlp."""
+"""The MLP. B sequences, T tokens, D embed, F mlp."""
 
 import functools
 
@@ -9,15 +9,32 @@ from tpjax.config import ModelConfig
 from tpjax.nn.linear import Linear
 from tpjax.plan import Plan
 
+ACTS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``: gate and up by column, down by row, one sum."""
+    """``down(act(gate(x)) * up(x))`` or, without a gate, ``down(act(up(x)))``: gate and up by
+    column, down by row, one sum."""
 
-    def __init__(self, config: ModelConfig, plan: Plan):
+    def __init__(self, config: ModelConfig, plan: Plan, width: int | None = None):
         linear = functools.partial(Linear, plan=plan, dtype=config.dtype, bias=config.mlp_bias)
-        self.gate = linear(("mlp", config.mlp), ("embed", config.embed))
-        self.up = linear(("mlp", config.mlp), ("embed", config.embed))
-        self.down = linear(("embed", config.embed), ("mlp", config.mlp))
+        F, D = plan.dim("mlp", width or config.mlp), plan.dim("embed", config.embed)
+        self.act = config.act
+        self.gate = linear(F, D) if config.gated else None
+        self.up = linear(F, D)
+        self.down = linear(D, F)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.hidden(x_BTD))
+
+    def hidden(self, x_BTD: jax.Array) -> jax.Array:
+        """``h_BTF``, what goes into `down`."""
+        act = ACTS[self.act]
+        if self.gate is None:
+            return act(self.up(x_BTD))
+        return act(self.gate(x_BTD)) * self.up(x_BTD)

@@ -1,15 +1,16 @@
-"""Declaring a weight: global shape, dtype and logical axes, said once."""
+"""Declaring a weight: its dimensions and dtype, said once."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpjax.parallel.dims import Dim
 
-def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param:
+
+def weight(dims: tuple[Dim, ...], dtype: str) -> nnx.Param:
     """A declared weight. Modules are only ever built under `nnx.eval_shape`, so nothing is
     allocated here; the values come from a checkpoint (see `tpjax.weights`)."""
-    assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+    return nnx.Param(jnp.zeros(tuple(dim.size for dim in dims), dtype), dims=dims)
 
 
 def value(param: nnx.Param) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tpjax.ops import attention_ref
+from tpjax.ops.attention_ref import Scores
 from tpjax.plan import Plan
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys, values: [B, K, S, H]
@@ -54,18 +55,18 @@ def cached_attention(
     v_BTKH: jax.Array,
     cache: LayerCache,
     position_BT: jax.Array,
-    scale: float,
+    scores: Scores,
 ) -> tuple[jax.Array, LayerCache]:
     """``o_BTNH`` and the cache with the new tokens in it. Positions of a sequence are consecutive.
 
-    Every device works on its own query heads and the key/value heads they share: with ``rep`` > 1
-    there is exactly one of these per device, so grouping by reshape holds locally too.
+    Every device works on its own query heads and the key/value heads they share, equally many of
+    each of these (see `tpjax.parallel.dims.place_heads`), so grouping by reshape holds locally too.
     """
 
     def local(q, k, v, keys, values, position):
         keys = write(keys, k.astype(keys.dtype), position[:, 0])
         values = write(values, v.astype(values.dtype), position[:, 0])
-        return attention_ref.attend(q, keys, values, position, scale), keys, values
+        return attention_ref.attend(q, keys, values, position, scores), keys, values
 
     new = plan.spec("batch", None, "kv_heads", None)
     held = plan.spec("batch", "kv_heads", None, None)

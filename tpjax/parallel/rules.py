@@ -12,10 +12,12 @@ class Rules:
     """For each logical axis, the mesh axes it is split over, outermost first; () is not split."""
 
     batch: MeshAxes = ("data",)
-    vocab: MeshAxes = ("tensor", "rep")
-    heads: MeshAxes = ("tensor", "rep")
-    kv_heads: MeshAxes = ("tensor",)
-    mlp: MeshAxes = ("tensor", "rep")
+    vocab: MeshAxes = ("expert", "tensor", "rep")
+    heads: MeshAxes = ("expert", "tensor", "rep")
+    kv_heads: MeshAxes = ("expert", "tensor")
+    mlp: MeshAxes = ("expert", "tensor", "rep")
+    experts: MeshAxes = ("expert",)
+    expert_mlp: MeshAxes = ("tensor", "rep")
     embed: MeshAxes = ()
 
     def mesh_axes(self, axis: str | None) -> MeshAxes:

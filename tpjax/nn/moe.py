@@ -1,0 +1,48 @@
+"""Mixture of experts. B sequences, T tokens, R = B T rows, D embed, E experts, F expert width."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpjax.config import ModelConfig
+from tpjax.nn.linear import Linear, product
+from tpjax.nn.mlp import ACTS, MLP
+from tpjax.nn.param import value, weight
+from tpjax.ops.experts import Experts, mixture
+from tpjax.parallel.dims import Dim
+from tpjax.plan import Plan
+
+
+class MoE(nnx.Module):
+    """The chosen experts' outputs by their shares and, where there is one, the shared expert's by
+    its gate; all in one sum over the devices."""
+
+    def __init__(self, config: ModelConfig, plan: Plan):
+        moe, dtype = config.moe, config.dtype
+        assert moe is not None
+        self.config, self.plan = config, plan
+        E, F = plan.dim("experts", moe.experts), plan.dim("expert_mlp", moe.mlp)
+        D = plan.dim("embed", config.embed)
+        self.router = weight((Dim(None, moe.experts, moe.experts), D), dtype)
+        self.gate = weight((E, F, D), dtype)
+        self.up = weight((E, F, D), dtype)
+        self.down = weight((E, D, F), dtype)
+        if moe.shared_mlp:
+            self.shared = MLP(config, plan, moe.shared_mlp)
+            self.shared_gate = Linear(Dim(None, 1, 1), D, plan=plan, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        plan, moe = self.plan, self.config.moe
+        assert moe is not None
+        B, T, D = x_BTD.shape
+        partial = plan.mesh_axes("experts") + plan.mesh_axes("expert_mlp")
+        weights = Experts(*map(value, (self.router, self.gate, self.up, self.down)))
+        x_RD = plan.reshape(x_BTD, (B * T, D), "batch", "embed")
+        act = ACTS[self.config.act]
+        y_RD = mixture(plan, x_RD, weights, moe.per_token, moe.renormalise, act, partial)
+        if moe.shared_mlp:
+            share_BT1 = jax.nn.sigmoid(self.shared_gate(x_BTD).astype(jnp.float32))
+            h_BTF = self.shared.hidden(x_BTD) * share_BT1.astype(x_BTD.dtype)
+            y_RD = y_RD + product(plan, h_BTF, value(self.shared.down.w), "embed", "mlp")
+        y_RD = plan.sum(y_RD, partial, "batch", "embed")
+        return plan.reshape(y_RD, (B, T, D), "batch", None, "embed").astype(x_BTD.dtype)
