@@ -34,7 +34,7 @@ USUAL = dict(
     vocab_size=131,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=8,
@@ -44,14 +44,12 @@ USUAL = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
-MOE = dict(
-    num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, num_hidden_layers=3
-)
+MOE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, num_hidden_layers=2)
 OPT = dict(
     vocab_size=131,
     hidden_size=64,
     ffn_dim=96,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=8,
     max_position_embeddings=256,
     word_embed_proj_dim=64,
@@ -156,7 +154,7 @@ FAMILIES: dict[str, dict[str, Tiny]] = {
             | ONE_KV
             | WINDOW
             | {"shared_expert_intermediate_size": 40, "use_sliding_window": True}
-            | {"max_window_layers": 2, "tie_word_embeddings": True},
+            | {"max_window_layers": 1, "tie_word_embeddings": True},
         ),
     },
     "qwen3": {
@@ -165,7 +163,7 @@ FAMILIES: dict[str, dict[str, Tiny]] = {
             "Qwen3Config",
             ALL_SEEN
             | WINDOW
-            | {"attention_bias": True, "use_sliding_window": True, "max_window_layers": 2},
+            | {"attention_bias": True, "use_sliding_window": True, "max_window_layers": 1},
         ),
         "tied, one kv head": Tiny("Qwen3Config", ONE_KV | {"tie_word_embeddings": True}),
     },
@@ -194,9 +192,7 @@ FAMILIES: dict[str, dict[str, Tiny]] = {
         ),
         "tight caps, untied": Tiny(
             "Gemma2Config",
-            ALL_SEEN
-            | WINDOW
-            | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+            ALL_SEEN | WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         ),
         "no caps": Tiny(
             "Gemma2Config",
@@ -215,7 +211,7 @@ FAMILIES: dict[str, dict[str, Tiny]] = {
             ALL_SEEN
             | WINDOW
             | {
-                "sliding_window_pattern": 3,
+                "sliding_window_pattern": 2,
                 "rope_parameters": {
                     "full_attention": LINEAR | {"rope_theta": 1e6},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

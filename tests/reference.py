@@ -1,4 +1,4 @@
-"""The measure: transformers' Llama on the CPU, and what it means to agree with it."""
+"""The measure: transformers on the CPU, and what it means to agree with it."""
 
 import functools
 from pathlib import Path
@@ -29,22 +29,66 @@ def logits(hf, ids) -> np.ndarray:
 
 
 @torch.no_grad()
-def states(hf, ids) -> list[np.ndarray]:
-    """``[T, D]`` after the embedding, after every layer, and after the final norm.
+def fresh(hf) -> None:
+    """Forget earlier prompts: a dynamic rope keeps the longest until it sees a short one."""
+    hf(torch.tensor([[0]]))
 
-    Transformers' ``hidden_states`` have the last layer's output only behind the norm.
+
+@torch.no_grad()
+def states(hf, ids) -> list[np.ndarray]:
+    """``[T, D]`` after the embedding, after every layer, and after the final norm, if there is one.
+
+    Read by hooks: transformers' own ``hidden_states`` have the last layer's output only behind the
+    norm.
     """
-    last = []
-    hook = hf.model.norm.register_forward_pre_hook(lambda module, args: last.extend(args))
-    *taps, final = hf.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    hook.remove()
-    return [x[0].numpy() for x in (*taps, *last, final)]
+    decoder = hf.model.decoder if hasattr(hf.model, "decoder") else hf.model
+    seen: list[torch.Tensor] = []
+    hooks = [decoder.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))]
+    for layer in decoder.layers:
+        keep = lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+        hooks.append(layer.register_forward_hook(keep))
+    norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
+    if norm is not None:
+        hooks.append(norm.register_forward_hook(lambda module, args, out: seen.append(out)))
+    fresh(hf)
+    seen.clear()
+    hf(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    if norm is None:
+        seen.append(seen[-1])
+    return [x.reshape(-1, x.shape[-1]).numpy() for x in seen]
+
+
+@torch.no_grad()
+def decoded(hf, ids, prompt: int) -> np.ndarray:
+    """Logits ``[T - prompt, V]`` of the tokens after a prompt, fed one by one through its cache."""
+    fresh(hf)
+    out = hf(torch.tensor([ids[:prompt]]), use_cache=True)
+    logits = []
+    for id_ in ids[prompt:]:
+        out = hf(torch.tensor([[id_]]), past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[0, 0])
+    return torch.stack(logits).numpy()
+
+
+def prompt_and_greedy(hf, length: int, count: int) -> tuple[tuple[int, ...], list[int]]:
+    """A prompt of about this length, and what transformers appends to it; the first at which no
+    choice is near a tie."""
+    for seed in range(20):
+        ids = tuple(np.random.default_rng(seed).integers(0, hf.config.vocab_size, length).tolist())
+        try:
+            return ids, greedy(hf, ids, count)
+        except AssertionError:
+            continue
+    raise AssertionError("every prompt leads to a near tie: use another model")
 
 
 @functools.cache
 def greedy(hf, ids: tuple[int, ...], count: int) -> list[int]:
     """The tokens that transformers' own generate appends. None may be so near a tie that rounding
     could decide it: then the prompt is no test, and another one is needed."""
+    fresh(hf)
     words = {"output_logits": True, "return_dict_in_generate": True}
     out = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=count, **words)
     first, second = torch.stack(out.logits)[:, 0].topk(2).values.T

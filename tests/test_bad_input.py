@@ -1,7 +1,6 @@
 """Calls that cannot be meant, and the one line that says so: degrees, memory, parameters, prompts;
 with the names and numbers that matter, before anything is compiled or allocated."""
 
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,12 +8,10 @@ import jax
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import tpjax
-from tests.bad import WEIGHTS, edit_json, refused
+from tests.bad import WEIGHTS, refused
 from tpjax import SamplingParams
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
@@ -82,64 +79,29 @@ def test_plan_mesh_and_sizes_exclude_each_other(folder):
             tpjax.LLM(folder, **both)
 
 
-@pytest.mark.parametrize(
-    "facts, degree, said",
-    [
-        ({}, 3, ("heads=8", "tensor=3", "work are 2 or 4")),
-        ({"num_key_value_heads": 8, "intermediate_size": 100}, 8, ("mlp=100", "work are 4")),
-        ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}, 4, ("are 2 or 6",)),
-        ({"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}, 6, ("kv_heads=4",)),
-    ],
-)
-def test_a_degree_the_model_does_not_allow(folder, facts, degree, said):
-    sizes = {"num_attention_heads": 8, "hidden_size": 96} | facts
-    edit_json(folder / "config.json", **sizes)
-    with refused(UsageError, "cannot be split", *said):
-        tpjax.LLM(folder, degree)
+@pytest.mark.parametrize("degree, near", [(9, 8), (64, 8)])
+def test_more_devices_than_query_heads(folder, degree, near):
+    plan = Plan(mesh=make_mesh(tensor=degree, devices=jax.devices()[:1] * degree))
+    said = f"{degree} devices are more than heads=8: the nearest tensor degree that works is {near}"
+    with refused(UsageError, said):
+        tpjax.LLM(folder, plan=plan)
 
 
-@st.composite
-def shapes(draw):
-    kv, group = draw(st.integers(1, 12)), draw(st.integers(1, 8))
-    return kv * group, kv, draw(st.integers(1, 96))
+def test_experts_where_there_are_none(folder):
+    with refused(UsageError, "expert=2", "llama has no experts", "use tensor", "works is 8"):
+        tpjax.LLM(folder, expert_parallel_size=2)
 
 
-@settings(max_examples=200, deadline=None)
-@given(shape=shapes(), degree=st.integers(1, 64))
-def test_suggested_degrees_work_and_none_is_nearer(shape, degree):
-    """Against the rule said independently: heads and MLP split evenly, and key/value heads either
-    split evenly or are repeated evenly."""
-    heads, kv, mlp = shape
-    sizes = dict(vocab=16, embed=16, layers=1, head_dim=2)
-    config = tpjax.ModelConfig(family="llama", heads=heads, kv_heads=kv, mlp=mlp, **sizes)
-    works = [
-        d
-        for d in range(1, heads + 1)
-        if heads % d == 0 and mlp % d == 0 and (kv % d == 0 or d % kv == 0)
-    ]
-
-    def try_(d):
-        fitted = fit(make_mesh(tensor=d, devices=jax.devices()[:1] * d), config)
-        assert fitted.shape["tensor"] * fitted.shape["rep"] == d
-        assert heads % d == 0 and kv % fitted.shape["tensor"] == 0
-
-    if degree in works:
-        return try_(degree)
-    with pytest.raises(UsageError) as caught:
-        try_(degree)
-    suggested = [int(d) for d in re.findall(r"\d+", str(caught.value).split("that work are")[1])]
-    nearest = [d for d in works if d < degree][-1:] + [d for d in works if d > degree][:1]
-    assert suggested == nearest
-    for d in suggested:
-        try_(d)
-
-
-def test_repeating_heads_that_could_be_split():
-    """An explicit ``rep`` is for key/value heads that cannot be split further."""
-    sizes = dict(family="llama", vocab=16, embed=16, layers=1, head_dim=2, mlp=16)
-    config = tpjax.ModelConfig(heads=8, kv_heads=4, **sizes)
-    with refused(UsageError, "rep=2", "tensor=2", "kv_heads=4", "work are 4"):
-        fit(make_mesh(tensor=2, rep=2), config)
+@pytest.mark.parametrize("expert, tensor", [(5, 1), (4, 3)])
+def test_more_devices_than_experts_or_heads(expert, tensor):
+    sizes = dict(family="mixtral", vocab=16, embed=16, layers=1, head_dim=2, mlp=16)
+    moe = MoE(experts=4, per_token=2, mlp=16, layers=(True,))
+    config = tpjax.ModelConfig(heads=8, kv_heads=4, moe=moe, **sizes)
+    devices = jax.devices()[:1] * expert * tensor
+    mesh = make_mesh(expert=expert, tensor=tensor, devices=devices)
+    with refused(UsageError, "nearest that works is expert=4 x tensor=2"):
+        fit(mesh, config)
+    fit(make_mesh(expert=4, tensor=2, devices=jax.devices()), config)
 
 
 @pytest.fixture

@@ -116,6 +116,9 @@ def _add_mesh(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices per replica")
     add("--data-parallel-size", type=int, metavar="N", help="replicas; default: 1")
+    add(
+        "--expert-parallel-size", type=int, metavar="N", help="devices for whole experts, times -tp"
+    )
     add("--devices", type=int, metavar="N", help="force N CPU devices")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: %(default)s")
 

@@ -6,7 +6,7 @@ finite and known from `Buckets` before the first request.
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -79,11 +79,10 @@ class Executables:
         self.built: dict[str, Built] = {}
         self.one = table.plan.data  # rows of the cache a prompt is prefilled in: one per replica
 
-    def for_requests(self, prompt_lengths: Iterable[int]) -> list[str]:
-        """Names of all a run of these prompts will use."""
-        lengths = list(prompt_lengths)
+    def for_requests(self, lengths: Sequence[Sequence[int]]) -> list[str]:
+        """Names of all that a run of requests will use; of each, the lengths it is prefilled at."""
         batch = self.buckets.batch_for(len(lengths))
-        chunks = {c for n in lengths for c in self.buckets.chunk_sizes(n)}
+        chunks = {c for each in lengths for n in each for c in self.buckets.chunk_sizes(n)}
         names = [f"prefill[t{c}]" for c in sorted(chunks)]
         return names + self._decoding(batch)
 

@@ -34,6 +34,7 @@ def generate(args: argparse.Namespace) -> int:
         args.model or bundled(),
         tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
+        expert_parallel_size=args.expert_parallel_size,
         dtype=args.dtype,
         verify=args.verify,
         max_model_len=args.max_model_len,

@@ -45,6 +45,11 @@ class Rope:
         """Whether frequencies depend on how long the sequence is."""
         return self.kind in ("dynamic", "longrope")
 
+    @property
+    def recomputed_at(self) -> int | None:
+        """The length beyond which all positions so far are rotated anew, None if there is none."""
+        return self.original_max_position if self.kind == "longrope" else None
+
     def dim(self, head_dim: int) -> int:
         """How many elements of a head are rotated."""
         return int(head_dim * self.rotated)

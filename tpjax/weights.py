@@ -91,11 +91,6 @@ class WeightTable:
     def bytes_per_device(self) -> int:
         return sum(spec.bytes_per_device for spec in self.specs)
 
-    @property
-    def padding(self) -> float:
-        """Elements that are padding, as a share of the model's own; heads, MLP and vocabulary."""
-        return sum(math.prod(spec.shape) for spec in self.specs) / self.parameters - 1
-
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The leaves without values, for lowering."""
         return tuple(

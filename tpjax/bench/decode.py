@@ -54,6 +54,7 @@ def measure(args: argparse.Namespace) -> dict:
         args.config or args.model or bundled(),
         tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
+        expert_parallel_size=args.expert_parallel_size,
         dtype=args.dtype,
         max_model_len=args.prompt_length + args.max_tokens + 1,
         max_num_seqs=args.batch,

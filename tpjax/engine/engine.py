@@ -49,7 +49,7 @@ class Engine:
                     cache = self._insert(cache, one, group, batch)
                 for replica, (slot, request) in group.items():
                     self._accept(request, drawn, replica)
-                    slots[slot] = None if request.finish_reason else request
+                    slots[slot] = self._going_on(request, waiting)
                     yield request
             live = [r for r in slots if r]
             if live:
@@ -60,8 +60,16 @@ class Engine:
                 for slot, request in enumerate(slots):
                     if request:
                         self._accept(request, drawn, slot)
-                        slots[slot] = None if request.finish_reason else request
+                        slots[slot] = self._going_on(request, waiting)
                         yield request
+
+    def _going_on(self, request: Request, waiting: deque) -> Request | None:
+        """The request if it keeps its row. One whose keys have to be rotated anew is prefilled
+        again, before all that wait."""
+        if request.finish_reason is None and request.crosses:
+            waiting.appendleft(request)
+            return None
+        return None if request.finish_reason else request
 
     def _tokens_per_dispatch(self, live: list[Request], queue: bool) -> int:
         return WAITED_FOR if queue or any(r.params.stop for r in live) else DISPATCH
@@ -87,7 +95,7 @@ class Engine:
         return group
 
     def _chunks(self, request: Request) -> list[int]:
-        return self.exe.buckets.chunk_sizes(len(request.prompt_ids))
+        return self.exe.buckets.chunk_sizes(request.length)
 
     def _prefill(self, one, group: dict[int, tuple[int, Request]]):
         """All chunks of the group's prompts; returns the cache and the tokens that follow them."""
@@ -96,13 +104,13 @@ class Engine:
         start, drawn = 0, None
         length = np.ones(self.data, np.int32)
         for replica, (_, request) in group.items():
-            length[replica] = len(request.prompt_ids)
+            length[replica] = request.length
         length = self.exe.upload(length)
         for size in self._chunks(next(iter(group.values()))[1]):
             token = np.zeros((self.data, size), np.int32)
             count = np.ones(self.data, np.int32)
             for replica, (_, request) in group.items():
-                part = request.prompt_ids[start : start + size]
+                part = request.ids[start : start + size]
                 token[replica, : len(part)] = part
                 count[replica] = len(part)
             begin = np.full(self.data, start, np.int32)
@@ -136,7 +144,7 @@ class Engine:
             if token == NOT_A_NUMBER:
                 raise RunError(
                     f"request {request.id}: the logits are not numbers at position"
-                    f" {len(request.prompt_ids) + len(request.token_ids)}; the weights overflow in"
+                    f" {request.length}; the weights overflow in"
                     " this dtype, try dtype=bfloat16 or float32"
                 )
             request.accept(token, _logprobs(request, drawn, n, row, token))

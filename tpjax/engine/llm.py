@@ -18,6 +18,7 @@ from tpjax.engine.memory import check_memory
 from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.executables import Buckets, Executables, OnBuild, fast_on_cpu, silent
+from tpjax.padding import padding
 from tpjax.parallel.mesh import largest_degree, make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
@@ -25,7 +26,7 @@ from tpjax.weights import WeightTable
 
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
-    "model, tensor_parallel_size, data_parallel_size, dtype, max_model_len, max_num_seqs, seed,"
+    "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len, max_num_seqs, seed,"
     " plan, mesh, verify"
 ).split(", ")
 _RENAMED = {
@@ -45,7 +46,8 @@ class LLM:
     """Load a model onto a mesh and generate with it. Argument names are vLLM's.
 
     ``model``: a Hugging Face folder, a hub id or a tpjax checkpoint. ``tensor_parallel_size`` (1,
-    or "auto" for the most devices the model allows) and ``data_parallel_size`` make a mesh;
+    or "auto" for the most devices the model allows without padding), ``data_parallel_size`` and
+    ``expert_parallel_size`` (whole experts on different devices, times the former) make a mesh;
     ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
     ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
     4096. ``max_num_seqs``: sequences decoded together, rounded up to whole rows per replica.
@@ -64,6 +66,7 @@ class LLM:
         tensor_parallel_size: int | Literal["auto"] | None = None,
         *,
         data_parallel_size: int | None = None,
+        expert_parallel_size: int | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
@@ -89,16 +92,16 @@ class LLM:
         else:
             self.folder = folders.read_folder(folders.locate(model))
         if tensor_parallel_size == "auto":
-            tensor_parallel_size = self._largest(data_parallel_size or 1, say)
-        plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size)
-        asked = plan.tensor_degree
+            replicas = (data_parallel_size or 1) * (expert_parallel_size or 1)
+            tensor_parallel_size = self._largest(replicas, say)
+        plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size, expert_parallel_size)
         dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
         config = folders.with_dtype(self.folder.config, dtype)
         self.plan, self.config, self.seed = plan.fit(config), config, seed
         if self.plan.mesh.shape != plan.mesh.shape:
             tensor, rep = self.plan.mesh.shape["tensor"], self.plan.mesh.shape["rep"]
             say(
-                f"tensor={asked} is more than kv_heads={config.kv_heads}:"
+                f"tensor={tensor * rep} is more than kv_heads={config.kv_heads}:"
                 f" split into tensor={tensor} x rep={rep}"
             )
         self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
@@ -109,6 +112,9 @@ class LLM:
             )
         buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
         self.table = WeightTable(config, self.plan)
+        self.padding = padding(self.table)
+        if self.padding.sizes.keys() - {"vocab"}:
+            say(str(self.padding))
         self.memory = check_memory(self.table, buckets)
         self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
         self.eos_ids = folders.eos_ids(self.folder.generation)
@@ -131,7 +137,7 @@ class LLM:
         config = self.folder.config
         degree, each = largest_degree(config, data)
         if degree < each:
-            say(f"using {degree} of {each} devices: heads={config.heads} cannot be split further")
+            say(f"using {degree} of {each} devices: more would need padding")
         return degree
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -151,7 +157,7 @@ class LLM:
         self.executables.build(self.executables.all_names())
 
     def _build_for(self, requests: list[Request]) -> None:
-        self.executables.build(self.executables.for_requests(len(r.prompt_ids) for r in requests))
+        self.executables.build(self.executables.for_requests([r.prefilled() for r in requests]))
 
     def generate(
         self,
@@ -256,6 +262,7 @@ class LLM:
             eos_ids=self.eos_ids,
             max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
             tokenizer=self.tokenizer,
+            recomputed_at=self.config.rope.recomputed_at if self.config.rope else None,
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -269,15 +276,16 @@ class LLM:
             raise UsageError(f"prompt {text[:40]!r}: the tokenizer refuses it ({error})") from error
 
 
-def _one_plan(plan, mesh, tensor, data) -> Plan:
+def _one_plan(plan, mesh, tensor, data, expert) -> Plan:
     """Exactly one of: a plan, a mesh, or sizes."""
-    sizes = tensor is not None or data is not None
-    if sum((plan is not None, mesh is not None, sizes)) > 1:
+    sizes = {"tensor": tensor, "data": data, "expert": expert}
+    sizes = {axis: size for axis, size in sizes.items() if size is not None}
+    if sum((plan is not None, mesh is not None, bool(sizes))) > 1:
         raise UsageError("give one of plan, mesh, or tensor_parallel_size/data_parallel_size")
     if plan is not None:
         if not isinstance(plan, Plan):
             raise UsageError(f"plan={plan!r}: give a tpjax.Plan")
         return plan
     if mesh is None:
-        mesh = make_mesh(data=1 if data is None else data, tensor=1 if tensor is None else tensor)
+        mesh = make_mesh(**sizes)
     return Plan(mesh=mesh)

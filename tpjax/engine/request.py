@@ -133,6 +133,7 @@ class Request:
     eos_ids: tuple[int, ...]
     max_tokens: int  # what params ask for and max_model_len leaves
     tokenizer: Tokenizer | None
+    recomputed_at: int | None = None  # see `tpjax.rope.Rope`
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     finish_reason: str | None = None
@@ -151,12 +152,35 @@ class Request:
         """The clock of the timings starts: everything is compiled, nothing has run."""
         self._started = time.perf_counter()
 
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what was made of it so far."""
+        return self.prompt_ids + self.token_ids
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the sequence has just become so long that it has to be prefilled again."""
+        return self.recomputed_at is not None and self.length == self.recomputed_at + 1
+
+    def prefilled(self) -> list[int]:
+        """The lengths that may have to be prefilled, now and later."""
+        at = self.recomputed_at
+        again = at is not None and self.length <= at < self.length + self.max_tokens
+        return [self.length, at + 1] if at is not None and again else [self.length]
+
     def row(self) -> Row:
         """What the device needs to go on: the last token has been drawn but not yet been read."""
+        remaining = self.max_tokens - len(self.token_ids)
+        if self.recomputed_at is not None and self.length <= self.recomputed_at:
+            remaining = min(remaining, self.recomputed_at + 1 - self.length)
         return Row(
             token=self.token_ids[-1],
-            position=len(self.prompt_ids) + len(self.token_ids) - 1,
-            remaining=self.max_tokens - len(self.token_ids),
+            position=self.length - 1,
+            remaining=remaining,
             seed=self.seed,
             params=self.params,
             stop_ids=self.stop_ids,

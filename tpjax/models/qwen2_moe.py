@@ -18,7 +18,7 @@ def moe(hf: dict) -> MoE:
     """The experts of Qwen's mixtures, and the layers that have them."""
     dense, step = hf["mlp_only_layers"] or (), hf["decoder_sparse_step"]
     return MoE(
-        experts=hf["num_experts"],
+        experts=hf.get("num_experts") or hf["num_local_experts"],
         per_token=hf["num_experts_per_tok"],
         mlp=hf["moe_intermediate_size"],
         renormalise=hf["norm_topk_prob"],

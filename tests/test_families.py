@@ -1,0 +1,93 @@
+"""Every family computes what transformers computes, layer by layer, in prefill and in decode, at
+every degree."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import tpjax
+from tests import reference
+from tests.families import FAMILIES
+from tests.reference import TOLERANCE, distance
+from tpjax.executables import Executables
+from tpjax.parallel.mesh import make_mesh
+
+PROMPT, TOKENS = 40, 32  # more than the window, and than a dynamic rope was made for
+CASES = {f"{family}: {name}": tiny for family, of in FAMILIES.items() for name, tiny in of.items()}
+MIXTURES = {name: tiny for name, tiny in CASES.items() if "experts" in str(tiny.facts)}
+FAST_TO_COMPILE = {"xla_backend_optimization_level": "0"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tiny model, as transformers has it: what it says after a prompt and 32 greedy tokens."""
+
+    folder: object
+    hf: object
+    ids: tuple[int, ...]
+    states: list[np.ndarray]
+    logits: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    @functools.cache
+    def get(name: str) -> Made:
+        folder = tmp_path_factory.mktemp("family")
+        hf = CASES[name].make(folder)
+        prompt, tokens = reference.prompt_and_greedy(hf, PROMPT, TOKENS)
+        ids = (*prompt, *tokens)
+        return Made(
+            folder, hf, ids, reference.states(hf, prompt), reference.decoded(hf, ids, PROMPT)
+        )
+
+    return get
+
+
+def check(made: Made, name: str, **mesh) -> None:
+    """Prefill the prompt, then decode token by token: all states of the one, all logits of the
+    other, and the tokens these make."""
+    model = made(name)
+    llm = reference.load(model.folder, mesh=make_mesh(**mesh), max_model_len=127, max_num_seqs=1)
+    assert math.prod(mesh.values()) == llm.plan.mesh.size
+    states, logits = through_the_cache(llm, model.ids)
+    apart = [distance(g, w) for g, w in zip(states, model.states, strict=True)]
+    assert max(apart) <= TOLERANCE, apart
+    assert distance(logits, model.logits) <= TOLERANCE
+    # Greedy choices: the tokens after the first of them are what these logits were asked for.
+    assert logits.argmax(-1)[:-1].tolist() == list(model.ids[PROMPT + 1 :])
+
+
+def through_the_cache(llm: tpjax.LLM, ids) -> tuple[np.ndarray, np.ndarray]:
+    """The states of a prompt, and the logits of the tokens after it, fed one by one."""
+    exe: Executables = llm.executables
+    compiled = {
+        name: exe.lower(name).compile(FAST_TO_COMPILE)
+        for name in ("zeros[b1]", "states[t128]", "score[t1]")
+    }
+    token = np.zeros((1, 128), np.int32)
+    token[0, :PROMPT] = ids[:PROMPT]
+    at = lambda n: exe.upload(np.array([n], np.int32))  # noqa: E731
+    args = exe.upload(token), at(0), at(PROMPT)
+    cache, states = compiled["states[t128]"](llm.weights, compiled["zeros[b1]"](), *args)
+    logits = []
+    for n in range(PROMPT, len(ids)):
+        args = exe.upload(np.array([[ids[n]]], np.int32)), at(n), at(n + 1)
+        cache, out = compiled["score[t1]"](llm.weights, cache, *args)
+        logits.append(np.asarray(out)[0, 0, : llm.config.vocab])
+    return np.asarray(states)[:, 0, :PROMPT], np.stack(logits)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_at_every_degree(made, name, tensor):
+    check(made, name, tensor=tensor)
+
+
+@pytest.mark.parametrize("expert, tensor", [(2, 1), (4, 1), (2, 2), (2, 3), (4, 2)])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_on_other_devices(made, name, expert, tensor):
+    check(made, name, expert=expert, tensor=tensor)
