@@ -15,6 +15,7 @@ from tests.bad import WEIGHTS, refused
 from tpjax import SamplingParams
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
+from tpjax.config import MoE
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError
 from tpjax.parallel.mesh import AXES, fit, make_mesh
 from tpjax.plan import Plan

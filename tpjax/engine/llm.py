@@ -26,8 +26,8 @@ from tpjax.weights import WeightTable
 
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
-    "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len, max_num_seqs, seed,"
-    " plan, mesh, verify"
+    "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len,"
+    " max_num_seqs, seed, plan, mesh, verify"
 ).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",

@@ -77,7 +77,7 @@ def decoder(hf: dict, **more: Any) -> ModelConfig:
     return ModelConfig(**facts | more)
 
 
-def act(name: str):
+def act(name: str) -> Any:
     """Our word for an activation; raises CheckpointError for one that no model here has."""
     if name not in ACTS:
         raise CheckpointError(f"activation {name!r}: known here are {', '.join(ACTS)}")

@@ -16,9 +16,10 @@ from tpjax.nn.mlp import MLP
 from tpjax.nn.moe import MoE
 from tpjax.nn.norm import norm
 from tpjax.nn.param import value, weight
-from tpjax.nn.rope import cos_sin
+from tpjax.nn.rope import CosSin, cos_sin
 from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
+from tpjax.rope import Rope
 
 
 class Block(nnx.Module):
@@ -38,19 +39,18 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, rope, cache, position_BT):
         mlp = self.moe if hasattr(self, "moe") else self.mlp
-        match self.place:
-            case "before":
-                attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
-                x_BTD = x_BTD + attended
-                return x_BTD + mlp(self.mlp_norm(x_BTD)), cache
-            case "around":
-                attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
-                x_BTD = x_BTD + self.post_attn_norm(attended)
-                return x_BTD + self.post_mlp_norm(mlp(self.mlp_norm(x_BTD))), cache
-            case "after":
-                attended, cache = self.attn(x_BTD, rope, cache, position_BT)
-                x_BTD = self.attn_norm(x_BTD + attended)
-                return self.mlp_norm(x_BTD + mlp(x_BTD)), cache
+        if self.place == "after":
+            attended, cache = self.attn(x_BTD, rope, cache, position_BT)
+            x_BTD = self.attn_norm(x_BTD + attended)
+            return self.mlp_norm(x_BTD + mlp(x_BTD)), cache
+        attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
+        if self.place == "around":
+            attended = self.post_attn_norm(attended)
+        x_BTD = x_BTD + attended
+        out_BTD = mlp(self.mlp_norm(x_BTD))
+        if self.place == "around":
+            out_BTD = self.post_mlp_norm(out_BTD)
+        return x_BTD + out_BTD, cache
 
 
 class Decoder(nnx.Module):
@@ -88,9 +88,10 @@ class Decoder(nnx.Module):
         """
         config = self.config
         x_BTD = self.start(token_BT, position_BT)
-        angles = {
+        angles: dict[Rope | None, CosSin] = {
             rope: cos_sin(rope, config.head_dim, position_BT, length_B, x_BTD.dtype)
-            for rope in {config.rope, config.rope_local} - {None}
+            for rope in (config.rope, config.rope_local)
+            if rope is not None
         }
         layers = []
         for n, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
