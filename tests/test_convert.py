@@ -31,6 +31,7 @@ from tpjax.checkpoint import load
 from tpjax.checkpoint.manifest import Manifest
 from tpjax.checkpoint.orbax import OrbaxFolder
 from tpjax.checkpoint.safetensors import SafetensorsFolder
+from tpjax.checkpoint.tensors import Tensors
 from tpjax.errors import CheckpointError, RunError, UsageError
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
@@ -110,7 +111,7 @@ def test_restores_on_every_mesh(made, mesh, verify):
     _, direct = leaves(made.source, mesh)
     family = folders.read_folder(made.folder).family
     for spec, ours, theirs in zip(table.specs, restored, direct, strict=True):
-        stored = made.tensors[family.source(spec.path)]
+        stored = made.tensors[family.name(spec.path)]
         assert stored.dtype == DTYPES[made.case.dtype]
         grow = [(0, n - m) for n, m in zip(spec.shape, stored.shape, strict=True)]
         whole = np.pad(stored, grow)
@@ -148,7 +149,7 @@ def test_orbax_restores_it(made, tensor):
     restored = ocp.StandardCheckpointer().restore(made.folder / "weights")
     family = folders.read_folder(made.folder).family
     for path, leaf in jax.tree.leaves_with_path(restored):
-        name = family.source(".".join(key.key for key in path))
+        name = family.name(".".join(key.key for key in path))
         assert same_bits(leaf, made.tensors[name])
 
 
@@ -157,8 +158,8 @@ def test_orbax_restores_it(made, tensor):
 def test_a_device_reads_its_own_bytes(made, tensor, verify):
     """Of all that is split: its share, and at most 2 % of all more, even where whole chunks have to
     be read to be compared. (Key/value heads on several devices are split into fewer shares.)"""
-    table, _ = table_of(made.folder, (1, tensor))
-    source = OrbaxFolder(made.folder, verify)
+    table, family = table_of(made.folder, (1, tensor))
+    source, tensors = OrbaxFolder(made.folder, verify), Tensors(table, family)
     shares = {
         s.path: table.plan.shards(s.axes[s.split]) for s in table.specs if s.split is not None
     }
@@ -171,7 +172,7 @@ def test_a_device_reads_its_own_bytes(made, tensor, verify):
         for spec in (table.by_path[path] for path in shares):
             index = spec.sharding.addressable_devices_indices_map(spec.shape)[device]
             bounds = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-            load.read_slice(spec, source, spec.path, bounds)
+            load.read_slice(spec, source, tensors, bounds)
         assert 0 < source.bytes_read <= share + 0.02 * sum(size.values())
 
 
@@ -272,7 +273,7 @@ def test_casts(model, tmp_path, dtype, quiet):
 def _name(path):
     from tpjax.models import find
 
-    return find("llama", "").source(path)
+    return find("llama", "").name(path)
 
 
 @pytest.mark.parametrize("nth", [0, 7, 30])

@@ -22,13 +22,13 @@ def test_groups_take_every_request_once_and_only_alike_together(lengths, data, f
     engine = Engine((), SimpleNamespace(one=data, buckets=buckets))  # type: ignore[arg-type]
     rows = 8 // data * data
     slots = [None if f else object() for f in free[:rows]]
-    waiting = deque(SimpleNamespace(number=i, prompt_ids=[0] * n) for i, n in enumerate(lengths))
+    waiting = deque(SimpleNamespace(number=i, length=n) for i, n in enumerate(lengths))
     taken = []
     while waiting and None in slots:
         first = waiting[0]
         group = engine._next_group(waiting, slots)  # type: ignore[arg-type]
         assert first in [request for _, request in group.values()]
-        assert len({tuple(buckets.chunk_sizes(len(r.prompt_ids))) for _, r in group.values()}) == 1
+        assert len({tuple(buckets.chunk_sizes(r.length)) for _, r in group.values()}) == 1
         for replica, (row, _) in group.items():
             assert slots[row] is None and row // (rows // data) == replica
         taken += [request.number for _, request in group.values()]

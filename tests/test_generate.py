@@ -86,7 +86,7 @@ def test_same_seed_same_tokens_on_every_mesh(
         max_num_seqs=4,
         say=said.append,
     )
-    assert tuple(llm.plan.mesh.shape.values()) == split
+    assert tuple(llm.plan.mesh.shape[a] for a in ("data", "tensor", "rep")) == split
     rep = (
         f"tensor=8 is more than kv_heads={kv_heads}: split into tensor={split[1]} x rep={split[2]}"
     )

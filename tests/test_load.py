@@ -44,7 +44,7 @@ def loaded(folder, data=1, tensor=1, dtype="float32"):
     stored = {}
     for file in {info.file for info in source.tensors.values()}:
         stored |= load_file(file)
-    tensors = [stored[family.source(spec.path)] for spec in table.specs]
+    tensors = [stored[family.name(spec.path)] for spec in table.specs]
     return list(zip(table.specs, tensors, leaves, strict=True)), source
 
 

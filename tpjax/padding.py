@@ -17,6 +17,11 @@ class Padding:
     copies: int  # devices that hold each key/value head
     sizes: dict[str, tuple[int, int]]  # axis -> (the model's size, the padded one)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether more is padded than a few rows of the vocabulary."""
+        return bool(self.sizes.keys() - {"vocab"})
+
     def __str__(self) -> str:
         changed = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.sizes.items())
         return (

@@ -19,7 +19,7 @@ from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.executables import Buckets, Executables, OnBuild, fast_on_cpu, silent
 from tpjax.padding import padding
-from tpjax.parallel.mesh import largest_degree, make_mesh
+from tpjax.parallel.mesh import check_axes, largest_degree, make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
@@ -113,7 +113,7 @@ class LLM:
         buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
         self.table = WeightTable(config, self.plan)
         self.padding = padding(self.table)
-        if self.padding.sizes.keys() - {"vocab"}:
+        if self.padding.uneven:
             say(str(self.padding))
         self.memory = check_memory(self.table, buckets)
         self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
@@ -288,4 +288,5 @@ def _one_plan(plan, mesh, tensor, data, expert) -> Plan:
         return plan
     if mesh is None:
         mesh = make_mesh(**sizes)
+    check_axes(mesh)
     return Plan(mesh=mesh)
