@@ -100,9 +100,10 @@ class LLM:
         self.plan, self.config, self.seed = plan.fit(config), config, seed
         if self.plan.mesh.shape != plan.mesh.shape:
             tensor, rep = self.plan.mesh.shape["tensor"], self.plan.mesh.shape["rep"]
+            more = tensor * rep > config.kv_heads
             say(
-                f"tensor={tensor * rep} is more than kv_heads={config.kv_heads}:"
-                f" split into tensor={tensor} x rep={rep}"
+                f"tensor={tensor * rep} {'is more than' if more else 'does not divide'}"
+                f" kv_heads={config.kv_heads}: split into tensor={tensor} x rep={rep}"
             )
         self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
         if self.max_model_len > config.max_position:

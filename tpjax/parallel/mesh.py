@@ -81,8 +81,8 @@ class Spread:
 
 
 def spread(config: ModelConfig, expert: int, tensor: int, rep: int) -> Spread:
-    """The best of the ways to hold the heads on this many devices: the fewest key/value heads per
-    device (they fill the cache), then the fewest query heads, then the fewest copies. With ``rep``
+    """The best of the ways to hold the heads on this many devices: that with the fewest heads on
+    each, where key/value heads count twice, for their projections and for the cache. With ``rep``
     given, it stays; else ``tensor`` may be split into ``tensor`` x ``rep``."""
     degree = tensor * rep
 
@@ -95,7 +95,8 @@ def spread(config: ModelConfig, expert: int, tensor: int, rep: int) -> Spread:
     def cost(way: tuple[Spread, int]):
         kv = -(-config.kv_heads // way[1])
         copies = expert * degree // way[1]
-        return kv, kv * -(-(config.heads // config.kv_heads) // copies), copies
+        queries = kv * -(-(config.heads // config.kv_heads) // copies)
+        return queries + 2 * kv, kv, copies
 
     return min(ways(), key=cost)[0]
 
@@ -133,7 +134,7 @@ def largest_degree(config: ModelConfig, data: int = 1) -> tuple[int, int]:
 
 def fit(mesh: Mesh, config: ModelConfig) -> tuple[Mesh, Spread]:
     """The mesh this model runs on, and how it holds the heads: the given one, with ``tensor`` split
-    into ``tensor`` x ``rep`` where that puts fewer key/value heads on each device.
+    into ``tensor`` x ``rep`` where that puts fewer heads on each device.
 
     Raises UsageError naming the numbers that disagree and the nearest degrees that work.
     """
