@@ -139,7 +139,7 @@ QWEN = dict(heads=14, kv_heads=2, head_dim=64, mlp=4864, vocab=151936)
     "degree, said",
     [
         (2, None),
-        (3, "padding: heads 14 -> 18, mlp 4864 -> 4866, vocab 151936 -> 151938:"),
+        (3, "padding: heads 14 -> 21, kv_heads 2 -> 3, mlp 4864 -> 4866, vocab 151936 -> 151938:"),
         (4, "padding: heads 14 -> 16:"),
         (7, "padding: mlp 4864 -> 4865, vocab 151936 -> 151942:"),
         (8, "padding: heads 14 -> 16:"),
