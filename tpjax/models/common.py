@@ -32,6 +32,7 @@ def names(*layer: dict[str, str], layers: str = "model.layers") -> dict[str, str
     out = {
         "embed.w": "model.embed_tokens.weight",
         "norm.w": "model.norm.weight",
+        "norm.b": "model.norm.bias",
         "head": "lm_head.weight",
     }
     for table in layer:
@@ -66,7 +67,7 @@ def decoder(hf: dict, **more: Any) -> ModelConfig:
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         mlp=hf["intermediate_size"],
         max_position=extended(hf),
-        norm_eps=hf["rms_norm_eps"],
+        norm_eps=hf.get("rms_norm_eps", 0.0),
         qkv_bias=bias,
         o_bias=bias,
         act=act(hf.get("hidden_activation") or hf["hidden_act"]),
