@@ -25,7 +25,8 @@ def prompt(length: int, vocab: int = 131) -> tuple[int, ...]:
 @torch.no_grad()
 def logits(hf, ids) -> np.ndarray:
     """``[T, V]``, as transformers has it."""
-    return hf(torch.tensor([ids])).logits[0].numpy()
+    fresh(hf)
+    return hf(torch.tensor([ids])).logits[0].float().numpy()
 
 
 @torch.no_grad()
