@@ -13,7 +13,7 @@ import tpjax
 from tests import reference
 from tests.families import FAMILIES
 from tests.reference import TOLERANCE, distance
-from tpjax.executables import Executables
+from tpjax.executables import Executables, compiles
 from tpjax.parallel.mesh import make_mesh
 
 PROMPT, TOKENS = 40, 32  # more than the window, and than a dynamic rope was made for
@@ -109,3 +109,32 @@ def test_bfloat16(made, name):
         return float(np.abs(logits - want).max(-1).mean() / np.abs(want).max())
 
     assert 1e-4 < apart(llm.logits(ids)) <= 1.5 * apart(reference.logits(theirs, ids))
+
+
+DEGREES = {"mixtral": 3, "qwen3_moe": 7, "gemma2": 6, "opt": 5}
+
+
+@pytest.mark.parametrize("family, tensor", DEGREES.items())
+def test_the_engine_makes_the_same_tokens(made, family, tensor):
+    """The whole way: chunks, rows, the sampler. It knows no families; four of them."""
+    name = next(name for name in CASES if name.startswith(f"{family}: "))
+    model = made(name)
+    llm = reference.load(model.folder, tensor, max_model_len=127, max_num_seqs=1)
+    params = tpjax.SamplingParams(temperature=0, max_tokens=TOKENS)
+    (out,) = llm.generate([model.ids[:PROMPT]], params)
+    assert out.outputs[0].token_ids == list(model.ids[PROMPT:])
+
+
+def test_a_sequence_that_outgrows_its_rope_is_prefilled_again(made):
+    """Longrope, made for 32 positions: prompts that end before, at and after it, alone and
+    together, give transformers' tokens, and nothing is compiled for it."""
+    model = made("phi3: longrope")
+    llm = reference.load(model.folder, 2, max_model_len=127, max_num_seqs=4)
+    llm.warm_up()
+    params = tpjax.SamplingParams(temperature=0, max_tokens=12)
+    prompts = [reference.prompt(n) for n in (5, 24, 31, 32, 33, 40)]
+    before = compiles.count
+    alone = [llm.generate([ids], params)[0].outputs[0].token_ids for ids in prompts]
+    together = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+    assert compiles.count == before
+    assert alone == together == [reference.greedy(model.hf, ids, 12) for ids in prompts]
