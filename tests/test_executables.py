@@ -1,15 +1,22 @@
 """Buckets hold every request, caches are updated in place, rows end on the device."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tpjax import sampling
+from tpjax.bench.decode import bytes_per_step
 from tpjax.checkpoint.folder import bundled
+from tpjax.config import ModelConfig, MoE
 from tpjax.engine.llm import LLM
 from tpjax.executables import Buckets
+from tpjax.parallel.mesh import make_mesh
 from tpjax.params import Row, SamplingParams
+from tpjax.plan import Plan
+from tpjax.weights import WeightTable
 
 
 @given(st.integers(2, 9000), st.integers(1, 70), st.integers(1, 8), st.data())
@@ -71,3 +78,26 @@ def test_stop_ids_and_counts_end_a_row_on_the_device(llm):
     assert run((free[at],), 32, 32) == free[: at + 1] + [-1] * (31 - at)
     assert run((), 9, 32) == free[:9] + [-1] * 23
     assert run((), 32, 4) == free[:4] + [-1] * 28
+
+
+def test_bytes_of_a_decode_step_count_the_experts_chosen():
+    """Of 8 experts one sequence reads 2, four sequences 8 (1 - (3/4)^4) on average."""
+    sizes = dict(vocab=16, embed=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp=8)
+    moe = MoE(experts=8, per_token=2, mlp=32, layers=(True,))
+    config = ModelConfig(family="mixtral", tie_embeddings=True, moe=moe, **sizes)
+    for tensor in (1, 2):
+        table = WeightTable(config, Plan(mesh=make_mesh(tensor=tensor)).fit(config))
+        experts = 3 * 8 * 32 * 8 * 4
+        copied = (2 * 8 + 8 * 8) * 4 * (tensor - 1)  # norms and router, on every device
+        copied += 8 * 4 * (tensor - 1)
+        for batch, share in ((1, 1 / 4), (4, 1 - (3 / 4) ** 4)):
+            buckets = Buckets.make(32, batch, 1)
+            llm = SimpleNamespace(
+                config=config,
+                table=table,
+                plan=table.plan,
+                executables=SimpleNamespace(buckets=buckets),
+            )
+            others = table.parameters * 4 - experts + copied
+            cache = 2 * batch * 32 * 8 * 4
+            assert bytes_per_step(llm) == pytest.approx(others + experts * share + cache, abs=8)

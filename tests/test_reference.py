@@ -46,14 +46,8 @@ MESHES = {
     "data=2 x tensor=4": Case((2, 4, 1)),
 }
 VARIANTS = {
-    "tied": {"tie_word_embeddings": True},
     "untied, even vocabulary": {"vocab_size": 128},
     "one device holds only padding": {"vocab_size": 9},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "rope linear": {"rope_parameters": tiny.LINEAR_ROPE},
-    "rope llama3": {"rope_parameters": tiny.LLAMA3_ROPE},
-    "head_dim": {"head_dim": 16},
-    "kv_heads = heads": MHA,
 }
 CASES = MESHES | {
     name: Case(facts=facts, max_model_len=MIDDLE - 1, lengths=(3 * SMALL + 4,), tokens=16)

@@ -113,13 +113,17 @@ def measure(args: argparse.Namespace) -> dict:
 
 def bytes_per_step(llm) -> int:
     """What one decode step of the whole batch reads, on all devices together: every weight once per
-    replica (of an untied embedding only a few rows) and the whole cache."""
+    replica (of an untied embedding only a few rows; of E experts those that B sequences choose with
+    k each, E (1 - (1 - k / E)^B) on average) and the whole cache."""
     from tpjax.cache import KVCache
 
     table, plan = llm.table, llm.plan
-    untied = 0 if llm.config.tie_embeddings else table.by_path["embed.w"].bytes_per_device
-    weights = (table.bytes_per_device - untied) * _devices(llm)
-    buckets = llm.executables.buckets
+    buckets, moe = llm.executables.buckets, llm.config.moe
+    unread = 0 if llm.config.tie_embeddings else table.by_path["embed.w"].bytes_per_device
+    if moe is not None:
+        experts = sum(s.bytes_per_device for s in table.specs if s.dims[0].axis == "experts")
+        unread += int(experts * (1 - moe.per_token / moe.experts) ** buckets.batch[-1])
+    weights = (table.bytes_per_device - unread) * _devices(llm)
     cache = KVCache.bytes_per_device(llm.config, plan, buckets.batch[-1], buckets.context)
     return weights + cache * _devices(llm)
 
