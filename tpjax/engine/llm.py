@@ -33,6 +33,8 @@ _RENAMED = {
     "tp": "tensor_parallel_size",
     "tp_size": "tensor_parallel_size",
     "tensor_parallel": "tensor_parallel_size",
+    "ep_size": "expert_parallel_size",
+    "enable_expert_parallel": "expert_parallel_size",
     "max_length": "max_model_len",
     "max_seq_len": "max_model_len",
     "max_batch_size": "max_num_seqs",
@@ -99,10 +101,11 @@ class LLM:
         config = folders.with_dtype(self.folder.config, dtype)
         self.plan, self.config, self.seed = plan.fit(config), config, seed
         if self.plan.mesh.shape != plan.mesh.shape:
-            tensor, rep = self.plan.mesh.shape["tensor"], self.plan.mesh.shape["rep"]
-            more = tensor * rep > config.kv_heads
+            _, expert, tensor, rep = self.plan.mesh.shape.values()
+            asked = f"expert={expert} x " * (expert > 1) + f"tensor={tensor * rep}"
+            more = self.plan.tensor_degree > config.kv_heads
             say(
-                f"tensor={tensor * rep} {'is more than' if more else 'does not divide'}"
+                f"{asked} {'is more than' if more else 'does not divide'}"
                 f" kv_heads={config.kv_heads}: split into tensor={tensor} x rep={rep}"
             )
         self.max_model_len = max_model_len or min(config.max_position, DEFAULT_MAX_MODEL_LEN)
