@@ -10,15 +10,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests import tiny
 from tests.reference import agrees, load
-from tpjax.config import Rope
-from tpjax.models import find
-from tpjax.models import llama as family
+from tpjax.models import common, find
 from tpjax.nn import attention, embed
 from tpjax.nn.linear import Linear
 from tpjax.nn.norm import RMSNorm
 from tpjax.nn.param import value
 from tpjax.ops import attention_ref
+from tpjax.ops.attention_ref import Scores
 from tpjax.plan import Plan
+from tpjax.rope import Rope
 
 # Everything a mutation could hide behind is on: at tensor=4 each device has two key/value heads
 # with two query heads each, a part of the vocabulary, and a part of every row-parallel product.
@@ -51,7 +51,7 @@ def attending(change):
 
 
 def rope_scaling_dropped(patch):
-    patch.setattr(family, "rope", lambda parameters: Rope(theta=parameters["rope_theta"]))
+    patch.setattr(common, "rope", lambda parameters, hf: Rope(theta=parameters["rope_theta"]))
 
 
 def gate_and_up_swapped(patch):
@@ -90,7 +90,7 @@ def norm_weight_dropped(patch):
 
 def norm_eps_of_another_model(patch):
     init = RMSNorm.__init__
-    wrong = lambda self, size, *, eps, dtype: init(self, size, eps=1e-5, dtype=dtype)  # noqa: E731
+    wrong = lambda self, size, *, eps, **more: init(self, size, eps=1e-5, **more)  # noqa: E731
     patch.setattr(RMSNorm, "__init__", wrong)
 
 
@@ -137,9 +137,9 @@ MUTATIONS = {
     )
 } | {
     "kv_heads_tiled": attending(lambda q, k, v, *rest: (q, tiled(q, k), tiled(q, v), *rest)),
-    "mask_shows_the_next_token": attending(lambda q, k, v, at, scale: (q, k, v, at + 1, scale)),
-    "mask_hides_the_own_token": attending(lambda q, k, v, at, scale: (q, k, v, at - 1, scale)),
-    "softmax_scale_of_embed": attending(lambda q, k, v, at, _: (q, k, v, at, 64**-0.5)),
+    "mask_shows_the_next_token": attending(lambda q, k, v, at, scores: (q, k, v, at + 1, scores)),
+    "mask_hides_the_own_token": attending(lambda q, k, v, at, scores: (q, k, v, at - 1, scores)),
+    "softmax_scale_of_embed": attending(lambda *args: (*args[:4], Scores(64**-0.5))),
 }
 
 
