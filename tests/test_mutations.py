@@ -2,20 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-import torch
-from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests import tiny
 from tests.reference import agrees, load
+from tests.wrong import attending, norm_is_right
 from tpjax.models import common, find
 from tpjax.nn import attention, embed
 from tpjax.nn.linear import Linear
 from tpjax.nn.norm import RMSNorm
 from tpjax.nn.param import value
-from tpjax.ops import attention_ref
 from tpjax.ops.attention_ref import Scores
 from tpjax.plan import Plan
 from tpjax.rope import Rope
@@ -38,16 +35,6 @@ def right(tiny_model):
     """Whether tpjax, as it is at the moment of the call, agrees with transformers."""
     folder, hf = tiny_model(**FACTS)
     return lambda: agrees(load(folder, 4, max_model_len=64), hf)
-
-
-def attending(change):
-    """A mutation that hands the attention over the cache other arguments."""
-    attend = attention_ref.attend
-
-    def mutate(patch):
-        patch.setattr(attention_ref, "attend", lambda *args: attend(*change(*args)))
-
-    return mutate
 
 
 def rope_scaling_dropped(patch):
@@ -155,21 +142,6 @@ def test_mutation_is_caught(right, monkeypatch, mutate):
     assert not right()
 
 
-def norm_is_right() -> bool:
-    """Whether RMSNorm in bfloat16 gives transformers' bits. One element in a thousand may differ:
-    the two square roots do in their last bit, and rarely that decides a rounding."""
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(0, 3, (1, 512, 64)), rng.uniform(0.5, 1.5, 64)
-    theirs = LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
-    theirs.weight.data = torch.tensor(w, dtype=torch.bfloat16)
-    want = theirs(torch.tensor(x, dtype=torch.bfloat16)).detach().float().numpy()
-    ours = RMSNorm(64, eps=1e-5, dtype="bfloat16")
-    ours.w[...] = jnp.asarray(w, jnp.bfloat16)
-    graph, state = nnx.split(ours)
-    got = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, jnp.asarray(x, jnp.bfloat16))
-    return bool(np.mean(np.asarray(got, np.float32) != want) < 1e-3)
-
-
 def in_bfloat16(self, x):
     mean = jnp.mean(x * x, axis=-1, keepdims=True)
     return value(self.w)[None, None] * (x * jax.lax.rsqrt(mean + jnp.bfloat16(self.eps)))
@@ -184,6 +156,6 @@ def weight_before_the_cast(self, x):
 @pytest.mark.parametrize("wrong", [in_bfloat16, weight_before_the_cast])
 def test_norm_cast_is_caught(monkeypatch, wrong):
     """The norm is float32 inside and cast before the weight; neither may be left out."""
-    assert norm_is_right()
+    assert norm_is_right(LlamaRMSNorm)
     monkeypatch.setattr(RMSNorm, "__call__", wrong)
-    assert not norm_is_right()
+    assert not norm_is_right(LlamaRMSNorm)
