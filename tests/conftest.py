@@ -17,7 +17,7 @@ from tpjax import env  # noqa: E402
 
 env.start()
 
-from tests import tiny  # noqa: E402
+from tests import tiny, wrong  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,12 @@ def tiny_model(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def apart(tmp_path_factory):
+    """`apart(mutation)`: how far tpjax is from transformers where that would show."""
+    return wrong.Comparison(tmp_path_factory.mktemp)
 
 
 @pytest.fixture
