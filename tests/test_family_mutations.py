@@ -20,6 +20,7 @@ from tests.wrong import (
     norm_is_right,
     rewired,
     rope,
+    row_bias_on_every_device,
     scoring,
     started_from,
 )
@@ -29,7 +30,6 @@ from tpjax.checkpoint.tensors import Tensors
 from tpjax.nn import attention, decoder
 from tpjax.nn.attention import Attention
 from tpjax.nn.decoder import Decoder
-from tpjax.nn.linear import Linear
 from tpjax.nn.norm import LayerNorm, RMSNorm
 from tpjax.nn.param import value
 from tpjax.parallel.dims import Heads
@@ -117,16 +117,6 @@ def fused_rows_cut_like_one_weight(patch):
 
 def without_final_norm(model):
     model.norm = lambda x: x
-
-
-def row_bias_on_every_device(patch):
-    call = Linear.__call__
-
-    def wrong(self, x):
-        others = self.plan.tensor_degree - 1 if self.out_axis == "embed" else 0
-        return call(self, x) + jnp.float32(others) * value(self.b)[None, None]
-
-    patch.setattr(Linear, "__call__", wrong)
 
 
 def layer_norm_without_mean(patch):

@@ -7,10 +7,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests import tiny
 from tests.reference import agrees, load
-from tests.wrong import attending, norm_is_right
+from tests.wrong import attending, norm_is_right, row_bias_on_every_device
 from tpjax.models import common, find
 from tpjax.nn import attention, embed
-from tpjax.nn.linear import Linear
 from tpjax.nn.norm import RMSNorm
 from tpjax.nn.param import value
 from tpjax.ops.attention_ref import Scores
@@ -48,16 +47,6 @@ def gate_and_up_swapped(patch):
         gates, ups = names[gate], names[up]
         patch.setitem(names, gate, ups)
         patch.setitem(names, up, gates)
-
-
-def bias_counted_once_per_device(patch):
-    call = Linear.__call__
-
-    def wrong(self, x):
-        others = self.plan.tensor_degree - 1 if self.out_axis == "embed" else 0
-        return call(self, x) + jnp.float32(others) * value(self.b)[None, None]
-
-    patch.setattr(Linear, "__call__", wrong)
 
 
 def sum_missing(patch):
@@ -115,7 +104,7 @@ MUTATIONS = {
     for f in (
         rope_scaling_dropped,
         gate_and_up_swapped,
-        bias_counted_once_per_device,
+        row_bias_on_every_device,
         sum_missing,
         norm_weight_dropped,
         norm_eps_of_another_model,

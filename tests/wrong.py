@@ -22,7 +22,9 @@ from tpjax.checkpoint import folder as folders
 from tpjax.executables import Built
 from tpjax.models import find
 from tpjax.models.registry import FAMILIES as REGISTERED
+from tpjax.nn.linear import Linear
 from tpjax.nn.norm import RMSNorm
+from tpjax.nn.param import value
 from tpjax.ops import attention_ref
 from tpjax.parallel.mesh import make_mesh
 from tpjax.weights import WeightTable
@@ -137,6 +139,17 @@ def attending(change) -> Mutate:
 def scoring(change) -> Mutate:
     """The attention's scores are made in another way."""
     return attending(lambda *args: (*args[:-1], args[-1]._replace(**change(args[-1]))))
+
+
+def row_bias_on_every_device(patch):
+    """The bias of a row-parallel product, which counts once, is in every device's partial sum."""
+    call = Linear.__call__
+
+    def wrong(self, x):
+        others = self.plan.tensor_degree - 1 if self.out_axis == "embed" else 0
+        return call(self, x) + jnp.float32(others) * value(self.b)[None, None]
+
+    patch.setattr(Linear, "__call__", wrong)
 
 
 def norm_is_right(theirs: type, offset: float = 0.0) -> bool:
