@@ -18,6 +18,7 @@ from tests.wrong import (
     in_blocks,
     in_names,
     norm_is_right,
+    padding_of_ones,
     rewired,
     rope,
     row_bias_on_every_device,
@@ -25,7 +26,6 @@ from tests.wrong import (
     started_from,
 )
 from tpjax import plan as plans
-from tpjax.checkpoint import load as loading
 from tpjax.checkpoint.tensors import Tensors
 from tpjax.nn import attention, decoder
 from tpjax.nn.attention import Attention
@@ -35,7 +35,8 @@ from tpjax.nn.param import value
 from tpjax.parallel.dims import Heads
 from tpjax.plan import Plan
 
-THREE = {"tensor": 3}  # divides neither heads, nor MLP, nor vocabulary
+THREE = {"tensor": 3}  # divides neither heads nor vocabulary
+FIVE = {"tensor": 5}  # nor the MLP
 
 
 def without_qk_norms(block):
@@ -136,17 +137,6 @@ def placing(change):
     return lambda patch: patch.setattr(plans, "place_heads", wrong)
 
 
-def padding_of_ones(patch):
-    jobs = loading._jobs
-
-    def wrong(spec, source, tensors, bounds, out, others):
-        todo = list(jobs(spec, source, tensors, bounds, out, others))
-        out[...] = 1  # what a checkpoint has is read over it
-        return todo
-
-    patch.setattr(loading, "_jobs", wrong)
-
-
 def vocabulary_padded_in_front(patch):
     dim = Plan.dim
 
@@ -234,11 +224,12 @@ MUTATIONS = {
     "query_heads_tiled": Mutation(
         "qwen3: grouped", placing(lambda q, n, k: q % (n // k) * k + q // (n // k)), THREE
     ),
-    # A place without a head, beside real keys: whole groups that are padding have no values.
+    # Single places beside real keys: where whole groups are padding, their values are zero too.
     "padding_repeats_a_head": Mutation(
         "qwen3: tied, one kv head", placing(lambda q, n, k: max(q, 0)), THREE
     ),
-    "padding_of_ones": Mutation("qwen3: grouped", padding_of_ones, THREE),
+    "heads_padded_with_ones": Mutation("qwen3: tied, one kv head", padding_of_ones("heads"), THREE),
+    "mlp_padded_with_ones": Mutation("qwen3: grouped", padding_of_ones("mlp"), FIVE),
     "vocabulary_padded_in_front": Mutation("qwen3: grouped", vocabulary_padded_in_front, THREE),
 }
 RIGHT = started_from(MUTATIONS.values())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.reference import TOLERANCE
-from tests.wrong import Mutation, experts, facts, in_blocks, in_names, started_from
+from tests.wrong import Mutation, experts, facts, in_blocks, in_names, padding_of_ones, started_from
 from tpjax.nn import moe
 from tpjax.ops import experts as island
 from tpjax.ops.experts import _Blocks
@@ -111,6 +111,9 @@ MUTATIONS = {
         "mixtral: grouped", routing(lambda expert, share, E: ((expert + 1) % E, share))
     ),
     "padded_experts_chosen": Mutation("mixtral: grouped", padded_experts_chosen, {"expert": 4}),
+    "experts_padded_with_ones": Mutation(
+        "qwen2_moe: all sparse", padding_of_ones("expert_mlp"), {"tensor": 3}
+    ),
     "w1_and_w3_swapped": on_four("mixtral: grouped", in_names("mixtral", "moe.gate", "moe.up")),
     "gelu_for_silu": on_four("mixtral: grouped", facts(act="gelu")),
     "every_pair_everywhere": on_four("mixtral: grouped", running(every_pair_everywhere)),

@@ -19,6 +19,7 @@ from flax import nnx
 from tests import reference
 from tests.families import FAMILIES
 from tpjax.checkpoint import folder as folders
+from tpjax.checkpoint import load as loading
 from tpjax.executables import Built
 from tpjax.models import find
 from tpjax.models.registry import FAMILIES as REGISTERED
@@ -150,6 +151,19 @@ def row_bias_on_every_device(patch):
         return call(self, x) + jnp.float32(others) * value(self.b)[None, None]
 
     patch.setattr(Linear, "__call__", wrong)
+
+
+def padding_of_ones(axis: str) -> Mutate:
+    """Where weights are padded along ``axis``, they are one and not zero."""
+    jobs = loading._jobs
+
+    def wrong(spec, source, tensors, bounds, out, others):
+        todo = list(jobs(spec, source, tensors, bounds, out, others))
+        if axis in spec.axes:
+            out[...] = 1  # what a checkpoint has is read over it
+        return todo
+
+    return lambda patch: patch.setattr(loading, "_jobs", wrong)
 
 
 def norm_is_right(theirs: type, offset: float = 0.0) -> bool:
