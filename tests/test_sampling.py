@@ -34,7 +34,7 @@ MESHES = {"1": (1, 1, 1), "4": (1, 4, 1), "2x4": (2, 4, 1), "4x2 rep": (1, 4, 2)
 def sampler(mesh: str, vocab: int = VOCAB):
     """Logits ``[ROWS, vocab]`` and rows in; a Drawn out. Padding gets the largest logits."""
     plan = Plan(mesh=make_mesh(*MESHES[mesh]))
-    padding = plan.padded("vocab", vocab) - vocab
+    padding = plan.dim("vocab", vocab).size - vocab
     with jax.set_mesh(plan.mesh):
         step = jax.jit(lambda logits, packed: sample(plan, vocab, logits, sampling.unpack(packed)))
 
