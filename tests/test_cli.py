@@ -80,6 +80,7 @@ def test_the_second_start_compiles_nothing(default_run):
         ("generate --prompt=", 2),
         ("generate -tp 0", 2),
         ("generate --stream --json", 2),
+        ("generate --system x", 2),
         ("bench decode --rounds 1", 2),
         ("bench decode --batch 0", 2),
     ],

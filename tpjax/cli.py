@@ -81,13 +81,20 @@ def _add_generate(commands) -> None:
         help="complete prompts",
         description="Complete prompts. Without arguments: the bundled model, on all accelerators"
         " or, if there are none, on four forced CPU devices.",
-        epilog="example: tpjax generate --model meta-llama/Llama-3.2-1B -tp 2 --prompt 'Once'",
+        epilog="examples: tpjax generate --model meta-llama/Llama-3.2-1B -tp 2 --prompt 'Once';"
+        " tpjax generate --model meta-llama/Llama-3.2-1B-Instruct --chat --prompt 'Who was Ahab?'",
     )
     add = parser.add_argument
     add("--version", action="version", version=f"tpjax {__version__}")
     add("--model", metavar="DIR|ID", help="a folder or a hub id; default: the bundled model")
     add("--prompt", action="append", metavar="TEXT", help="repeatable")
     add("--prompts-file", metavar="FILE", help="one prompt per line; - is standard input")
+    add(
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message, put through the tokenizer's own chat template",
+    )
+    add("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
     _add_mesh(parser)
     add("--verify", choices=("fast", "full"), help="how to check a tpjax checkpoint; default: fast")
     add("--max-model-len", type=int, metavar="N", help="prompt plus generated tokens")

@@ -45,15 +45,23 @@ def generate(args: argparse.Namespace) -> int:
     )
     params = replace(llm.get_default_sampling_params(), **asked)
     report.loaded(llm)
+    given = prompts
+    if args.chat:
+        given = llm.chat_prompts([_conversation(args.system, prompt) for prompt in prompts])
     if args.stream:
-        for prompt in prompts:
-            _stream(llm, prompt, params, report)
+        for prompt, one in zip(prompts, given, strict=True):
+            _stream(llm, prompt, one, params, report)
         return 0
-    outputs = _complete(llm, prompts, params, args.quiet)
-    for output in outputs:
-        _show(output, args.json, report)
+    outputs = _complete(llm, given, params, args.quiet)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        _show(prompt, output, args.json, report)
     report.speed(outputs)
     return 0
+
+
+def _conversation(system: str | None, prompt: str) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def _complete(llm, prompts, params, quiet: bool):
@@ -73,10 +81,10 @@ def _complete(llm, prompts, params, quiet: bool):
     return outputs
 
 
-def _stream(llm, prompt: str, params, report) -> None:
+def _stream(llm, prompt: str, given, params, report) -> None:
     last = []
     pieces = llm.stream(
-        prompt, params, on_progress=lambda request: last.__setitem__(slice(1), [request])
+        given, params, on_progress=lambda request: last.__setitem__(slice(1), [request])
     )
     report.say(f"\n{prompt.rstrip()}")
     for piece in pieces:
@@ -85,18 +93,18 @@ def _stream(llm, prompt: str, params, report) -> None:
     report.speed([request.output() for request in last])
 
 
-def _show(output, as_json: bool, report) -> None:
+def _show(prompt: str, output, as_json: bool, report) -> None:
     completion = output.outputs[0]
     if as_json:
         line = {
-            "prompt": output.prompt,
+            "prompt": prompt,
             "text": completion.text,
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
         }
         print(json.dumps(line, ensure_ascii=False), flush=True)
         return
-    report.say(f"\n{output.prompt.rstrip()}")
+    report.say(f"\n{prompt.rstrip()}")
     print(completion.text, flush=True)
 
 
@@ -110,6 +118,10 @@ def check(args: argparse.Namespace, prompts: list[str], asked: dict) -> None:
         raise UsageError("empty prompt: give at least one character")
     if args.stream and args.json:
         raise UsageError("--stream prints text and --json objects: give one of them")
+    if args.system is not None and not args.chat:
+        raise UsageError("--system is a message of a conversation: give --chat too")
+    if args.chat and not args.prompt and not args.prompts_file:
+        raise UsageError("--chat has no message to answer: give --prompt or --prompts-file")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

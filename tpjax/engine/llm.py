@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tpjax import env
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
+from tpjax.engine.chat import Conversation, chat_ids
 from tpjax.engine.engine import Engine
 from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
 from tpjax.engine.memory import check_memory
@@ -182,6 +183,25 @@ class LLM:
             if on_progress:
                 on_progress(request)
         return [request.output() for request in requests]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[Request], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, through the tokenizer's own chat template.
+
+        A conversation is a list of ``{"role": ..., "content": ...}``. Otherwise like `generate`
+        with token ids: ``prompt`` of an output is None. Raises UsageError, before anything runs,
+        also for what the template refuses.
+        """
+        return self.generate(self.chat_prompts(messages), sampling_params, on_progress=on_progress)
+
+    def chat_prompts(self, messages: Conversation | Sequence[Conversation]) -> list[list[int]]:
+        """The token ids `chat` completes, a list per conversation; `stream` takes one of them."""
+        return chat_ids(self.tokenizer, messages, self.folder.path)
 
     def stream(
         self,
