@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,13 +86,14 @@ def test_the_second_start_compiles_nothing(default_run):
     ],
 )
 def test_help_and_usage_errors_answer_at_once(words, code):
-    """Under 0.3 s, without importing jax; the best of three, the machine may be busy."""
+    """In 0.3 s of a processor, without importing jax; the best of three, others may be at work."""
     words = words.split()
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run("-m", "tpjax.cli", *words, code=code)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.3
     imported = run("-X", "importtime", "-m", "tpjax.cli", *words, code=code).stderr
     assert " jax" not in imported and "transformers" not in imported
@@ -141,7 +142,7 @@ def test_streamed_and_whole_text_are_the_same(capsys):
         (["--prompts-file", "/nowhere/at/all"], 2, "/nowhere/at/all"),
         (["--prompt", ""], 2, "empty prompt"),
         (["-tp", "0"], 2, "--tensor-parallel-size 0"),
-        (["-tp", "3"], 2, "nearest tensor degrees that work are 2 or 4"),
+        (["--expert-parallel-size", "2"], 2, "nearest tensor degree that works is 8"),
         (["--dtype", "int3"], 2, "int3"),
         (["--model", "/nowhere/at/all"], 3, "no such folder"),
         (["--model", "tests/data"], 3, "no config.json"),
@@ -175,7 +176,7 @@ def test_the_users_own_number_of_devices_is_kept():
     """Without -tp all of them are used, as far as the model allows: 6 devices, 8 heads."""
     words = "-m tpjax.cli generate --max-tokens 2".split()
     err = run(*words, JAX_NUM_CPU_DEVICES="6", JAX_PLATFORMS="cpu").stderr
-    assert "using 4 of 6 devices: heads=8" in err and "tensor=4 x rep=1" in err
+    assert "using 4 of 6 devices: more would need padding" in err and "tensor=4 x rep=1" in err
 
 
 def nodes(monkeypatch, *there: str, plugins: bool = True):
