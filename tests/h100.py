@@ -34,7 +34,7 @@ def llama_70b(
     mesh: Mesh, *, layers: int = 80, rows: int = 1, context: int = 8192, rules: Rules | None = None
 ) -> Executables:
     """Its steps in bfloat16, with as many layers as asked for."""
-    config = with_dtype(config_only(DATA / "llama-3.1-70b-instruct.json").config, "bfloat16")
+    config = with_dtype(config_only(DATA / "configs" / "llama-3.1-70b-instruct.json").config, "bfloat16")
     config = replace(config, layers=layers)
     plan = Plan(mesh=mesh, rules=rules or Rules()).fit(config)
     return Executables(WeightTable(config, plan), Buckets.make(context, rows, plan.data))

@@ -23,7 +23,7 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint.manifest import Manifest
 from tpjax.checkpoint.safetensors import SafetensorsFolder
 
-BIG = Path(__file__).parent / "data/llama-3.1-405b-instruct.json"
+BIG = Path(__file__).parent / "data/configs/llama-3.1-405b-instruct.json"
 VERBS = ("convert", "inspect", "verify", "export")
 
 
