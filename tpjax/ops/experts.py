@@ -135,7 +135,9 @@ class _Blocks:
             share_M = jnp.where(real_M, share_RX.reshape(R * X)[pair_M], 0.0)
             return y_RD.at[pair_M // X].add(y_MD * share_M[:, None])
 
-        return jax.lax.fori_loop(0, last_E[-1], block, jnp.zeros(x_RD.shape, jnp.float32))
+        # Zeros that are the layer's own: XLA makes those of all layers at once, and keeps them.
+        nothing_RD = jnp.broadcast_to(0.0 * share_RX[:, :1], x_RD.shape)
+        return jax.lax.fori_loop(0, last_E[-1], block, nothing_RD)
 
     def _rows(self, R: int, X: int, E: int, dtype) -> int:
         """Twice what an expert gets on average, as a power of two; at least two rows in 16 bits,
@@ -149,15 +151,25 @@ class _Blocks:
         matrix product; on a CPU it is therefore taken in tiles that stay in the cache."""
         _, O, I = w_EOI.shape  # noqa: E741
         tile = O if not self.on_cpu else max(1, min(O, TILE // (I * w_EOI.dtype.itemsize)))
+        two_bytes_on_cpu = self.on_cpu and w_EOI.dtype.itemsize == 2
+        cut = _slice_of_bits if two_bytes_on_cpu else jax.lax.dynamic_slice
 
         def part(n, y_MO):
             start = jnp.minimum(n * tile, O - tile)  # the last one overlaps the one before
             zero = start * 0
-            w_1OI = jax.lax.dynamic_slice(w_EOI, (expert, start, zero), (1, tile, I))
+            w_1OI = cut(w_EOI, (expert, start, zero), (1, tile, I))
             return jax.lax.dynamic_update_slice(y_MO, _dot(x_MI, w_1OI[0]), (zero, start))
 
         y_MO = jnp.zeros((x_MI.shape[0], O), jnp.float32)
         return jax.lax.fori_loop(0, -(-O // tile), part, y_MO)
+
+
+def _slice_of_bits(w: jax.Array, start: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """A slice of a two-byte type, taken of integers: XLA on a CPU would convert all experts to
+    float32 first. The barrier keeps the cast with the slice, inside the loop."""
+    w, start = jax.lax.optimization_barrier((w, start))
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(bits, start, sizes), w.dtype)
 
 
 def _dot(x_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
