@@ -77,14 +77,15 @@ class Tiny:
         return save(folder, config, seed=seed, dtype=dtype)
 
 
-def save(folder: Path, config, *, seed: int = 0, dtype=torch.float32):
+def save(folder: Path, config, *, seed: int = 0, dtype=torch.float32, kind="AutoModelForCausalLM"):
     """A random model of ``config``, saved into ``folder`` in ``dtype``, read back in float32.
 
     Weights are larger than transformers' default, so that a wrong sign or scale shows in the
     logits; biases and norms are random too.
     """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    auto = getattr(transformers, kind)
+    model = auto.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
@@ -95,7 +96,7 @@ def save(folder: Path, config, *, seed: int = 0, dtype=torch.float32):
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(folder)
     # Read back, not cast back: a cast would also have rounded the rotary frequencies.
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 FAMILIES: dict[str, dict[str, Tiny]] = {
