@@ -506,7 +506,7 @@ def test_arguments_that_cannot_be_meant(folder, dst, how):
         ("convert SRC DST --max-host-gb nan", 2, "--max-host-gb nan"),
         ("convert SRC DST --max-host-gb 0.001", 2, "give at least 0.00"),
         ("convert SRC DST --tensor 0", 2, "= 0: from 1 to "),
-        ("convert SRC DST --tensor 3", 2, "the nearest tensor degrees that work are 2 or 4"),
+        ("convert SRC DST --tensor 9", 4, "needs 9 devices"),
         ("convert SRC DST --resume --overwrite", 2, "give one of them"),
         ("convert SRC", 2, "needs DST"),
         ("convert SRC SRC/made", 2, "inside the source"),

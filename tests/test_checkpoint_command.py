@@ -151,7 +151,7 @@ def test_inspect(bundled, capsys):
         assert about["family"] == "llama" and about["supported"] and about["tied"]
         assert about["parameters"] == about["elements"] == 4_213_504
         assert about["dtypes"] == {"bfloat16": 47} and about["bytes"] == 2 * about["elements"]
-        assert about["tensor_degrees"] == [1, 2, 4, 8] and about["problems"] == []
+        assert about["even_tensor_degrees"] == [1, 2, 4, 8] and about["problems"] == []
     assert (hf["files"], m["files"]) == (1, 47)
     assert main(["inspect", str(bundled), "--weights"]) == 0
     assert "embed.w  [2048, 256]  bfloat16" in capsys.readouterr().out
