@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import tpjax
 from tests.bad import INDEX, NORM, WEIGHTS, Q, edit_json, edit_tensors, key, refused
+from tests.families import FAMILIES
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.errors import CheckpointError, UsageError
@@ -129,10 +130,14 @@ def test_unknown_model_type(folder, kind):
         ({"intermediate_size": -3}, ("mlp=-3",)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, ("rope theta=-5.0",)),
         # possible, but not here
-        ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
+        ({"hidden_act": "tanh"}, ("activation 'tanh'", "silu", "relu")),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            ("rope_type='yarn'", "default, linear, llama3"),
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4, "factor": 2.0}},
+            ("rope_type='spiral'", "default, linear, dynamic, llama3, yarn, longrope"),
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            ("partial_rotary_factor", "llama rotates whole heads"),
         ),
     ],
 )
@@ -305,3 +310,33 @@ def test_a_damaged_tokenizer(folder, text):
     (folder / "tokenizer.json").write_text(text)
     with refused(CheckpointError, folder, "the tokenizer cannot be loaded", "download"):
         tpjax.LLM(folder)
+
+
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "9 experts per token, but there are only 6"),
+        ("mixtral", {"num_local_experts": 0}, "experts=0"),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "wrong"]}, "layer_types"),
+        ("gemma2", {"use_bidirectional_attention": True}, "only causal models"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "OPT here has weights in norms"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                }
+            },
+            "factor",
+        ),
+    ],
+)
+def test_a_config_no_family_has(tmp_path, family, changes, said):
+    """The same for what only some families say."""
+    next(iter(FAMILIES[family].values())).make(tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", **changes)
+    with refused(CheckpointError, tmp_path / "model" / "config.json", said):
+        tpjax.LLM(tmp_path / "model")

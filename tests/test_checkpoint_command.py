@@ -111,7 +111,7 @@ def test_a_dry_run_is_exact(tmp_path, capsys):
     files = sum((tmp_path / "m" / w.file).stat().st_size for w in manifest.weights)
     assert plan["bytes"] == result["bytes"] == files
     assert plan["peak_buffers_bytes"] == result["buffers_bytes"]
-    assert plan["mesh"] == manifest.mesh == {"data": 1, "tensor": 4, "rep": 2}
+    assert plan["mesh"] == manifest.mesh == {"data": 1, "expert": 1, "tensor": 4, "rep": 2}
     rows = {row["path"]: row for row in plan["weights"]}
     assert rows["blocks.0.attn.q.w"]["sharding"] == "tensor x rep, -"
     assert rows["blocks.0.attn.k.w"]["sharding"] == "tensor, -"
