@@ -88,6 +88,13 @@ def test_equal_at_every_degree(made, name, tensor):
     check(made, name, tensor=tensor)
 
 
+@pytest.mark.parametrize("tensor, rep", [(2, 2), (2, 4), (1, 8), (3, 2)])
+@pytest.mark.parametrize("name", ["llama: grouped", "gemma: all kv, untied"])
+def test_copies_asked_for(made, name, tensor, rep):
+    """Also where a device then has several key/value heads and a part of the queries of each."""
+    check(made, name, tensor=tensor, rep=rep)
+
+
 @pytest.mark.parametrize("expert, tensor", [(2, 1), (4, 1), (2, 3), (4, 2)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_on_other_devices(made, name, expert, tensor):
