@@ -20,6 +20,18 @@ env.start()
 from tests import tiny, wrong  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="run tests marked extra too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--every-case"):
+        return
+    extra = [item for item in items if item.get_closest_marker("extra")]
+    items[:] = [item for item in items if not item.get_closest_marker("extra")]
+    config.hook.pytest_deselected(items=extra)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """`tiny_model(**facts)` -> (folder, transformers model in float32); made once per session."""

@@ -93,7 +93,7 @@ def shapes(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(shape=shapes(), degree=st.integers(2, 8), biases=st.booleans(), seed=st.integers(0, 9))
 def test_equal_to_one_device_or_refused(tmp_path_factory, shape, degree, biases, seed):
     """Logits, or a refusal whose suggestion then works."""
