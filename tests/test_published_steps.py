@@ -30,7 +30,11 @@ COMPILED = {
     "phi-3-mini-4k": EIGHT,
     "opt-125m": EIGHT,  # 12 heads: padded
 }
-CASES = [*COMPILED.items(), ("mixtral-8x7b-v0.1", {"expert": 8}), ("llama-3.2-3b", {"tensor": 5})]
+STEPS = ("decode[b1]", "prefill[t512]")
+CASES = [(name, sizes, step) for name, sizes in COMPILED.items() for step in STEPS] + [
+    ("mixtral-8x7b-v0.1", {"expert": 8}, "decode[b1]"),
+    ("llama-3.2-3b", {"tensor": 5}, "decode[b1]"),
+]
 
 
 @pytest.fixture
@@ -45,8 +49,7 @@ def found_in(config, mesh, step: str, **more) -> list[str]:
     return problems(h100.compiled(exe, step), exe, step, greedy=True)
 
 
-@pytest.mark.parametrize("step", ["decode[b1]", "prefill[t512]"])
-@pytest.mark.parametrize("name, sizes", CASES, ids=str)
+@pytest.mark.parametrize("name, sizes, step", CASES, ids=str)
 def test_compiled_for_h100s(greedy, name, sizes, step):
     """Two layers, one of each kind where there are two: two all-reduces each and the embedding's,
     the sampler's one all-gather, every byte accounted for; no weight and no expert is copied."""
