@@ -4,9 +4,10 @@ python -m tests.h100 --all
 python -m tests.h100 llama-3.1-70b-instruct "decode[b1]" "decode[b8]" "prefill[t512]"
 """
 
+import resource
 import sys
-import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from tests.hlo import MIB, collectives, large_moves, problems
-from tests.published import CONFIGS, published
+from tests.published import CONFIGS, published, resolved
 from tpjax import env
 from tpjax.config import ModelConfig
 from tpjax.executables import Buckets, Executables
@@ -25,7 +26,8 @@ from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
 DATA = Path(__file__).parent / "data"
-# Eight devices are more than the one's heads, and would be mostly padding to the other's.
+STEPS = ("decode[b1]", "prefill[t512]")
+# The one has four heads, the other is small and has two key/value heads.
 FEWER = {"gemma-3-1b-it": 4, "qwen2.5-0.5b": 2}
 
 
@@ -58,33 +60,45 @@ def compiled(steps: Executables, name: str):
         return lowered.compile()
 
 
-def row(model: str, steps: Executables, name: str) -> list:
-    """What BENCHMARKS.md says of one step."""
-    start = time.perf_counter()
-    program = compiled(steps, name)
-    seconds = time.perf_counter() - start
-    text, memory, plan = program.as_text(), program.memory_analysis(), steps.table.plan
-    seen, sizes = collectives(text), padding(steps.table).sizes
-    return [
-        model,
-        " x ".join(f"{a}={n}" for a, n in plan.mesh.shape.items() if n > 1),
-        f"`{name}`",
-        f"{memory.argument_size_in_bytes / 1e9:.2f}",
-        f"{memory.alias_size_in_bytes / 1e9:.2f}",
-        f"{memory.temp_size_in_bytes / MIB:.1f}",
-        seen["all-reduce"],
-        seen["all-gather"],
-        len(large_moves(text)),
-        f"{text.count(' fusion(') / steps.table.config.layers:.0f}",
-        f"{seconds:.0f}",
-        ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in sizes.items()) or "-",
-        "; ".join(problems(program, steps, name)) or "none",
-    ]
+def row(model: str, exe: Executables, names: Sequence[str]) -> str:
+    """What BENCHMARKS.md says of a model: a value for each of its steps, or one for all."""
+    plan, each = exe.table.plan, []
+    for name in names:
+        start = _processor_seconds()
+        program = compiled(exe, name)
+        seconds = _processor_seconds() - start
+        text, memory = program.as_text(), program.memory_analysis()
+        seen = collectives(text)
+        each.append(
+            (
+                f"{memory.argument_size_in_bytes / 1e9:.2f}",
+                f"{memory.temp_size_in_bytes / MIB:.1f}",
+                seen["all-reduce"],
+                seen["all-gather"],
+                len(large_moves(text)),
+                f"{text.count(' fusion(') / exe.table.config.layers:.0f}",
+                f"{seconds:.0f}",
+                "; ".join(problems(program, exe, name)) or "none",
+            )
+        )
+    cells = [model, " x ".join(f"{a}={n}" for a, n in plan.mesh.shape.items() if n > 1)]
+    for values in zip(*each, strict=True):
+        values = set(values) if len(set(values)) == 1 else values
+        cells.append(" / ".join(map(str, values)))
+    sizes = padding(exe.table).sizes
+    cells.append(", ".join(f"{axis} {a} to {b}" for axis, (a, b) in sizes.items()) or "-")
+    return " | ".join(cells)
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those it has waited for, the assembler's."""
+    of = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in of)
 
 
 HEAD = (
-    "model | devices | step | arguments GB | aliased GB | temporary MiB | all-reduces | all-gathers"
-    " | copies > 1 MiB | fusions per layer | compile s | padded | problems"
+    "model | devices | arguments GB | temporary MiB | all-reduces | all-gathers | copies > 1 MiB"
+    " | fusions per layer | compile s | problems | padded"
 )
 
 
@@ -93,11 +107,14 @@ def main(*words: str) -> None:
     env.start()
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
-    models = list(CONFIGS) if words[0] == "--all" else words[:1]
-    for model in models:
-        exe = steps(published(model), mesh(tensor=FEWER.get(model, 8)), rows=8)
-        for name in words[1:] or ("decode[b1]", "prefill[t512]"):
-            print("| " + " | ".join(map(str, row(model, exe, name))) + " |", flush=True)
+    model, *names = words
+    todo = [(model, {"tensor": FEWER.get(model, 8)})]
+    if model == "--all":
+        todo = [(name, {"tensor": FEWER.get(name, 8)}) for name in CONFIGS]
+        todo += [(name, {"expert": 8}) for name in CONFIGS if resolved(name)[0].moe]
+    for name, sizes in todo:
+        exe = steps(published(name), mesh(**sizes), rows=8)
+        print(f"| {row(name, exe, names or STEPS)} |", flush=True)
 
 
 if __name__ == "__main__":

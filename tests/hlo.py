@@ -163,10 +163,11 @@ def problems(compiled, exe: Executables, name: str, greedy: bool = False) -> lis
     if memory.alias_size_in_bytes != cache:
         found.append(f"aliased: {memory.alias_size_in_bytes} bytes, the cache has {cache}")
 
-    # Scores in float32 and once more as shares, a few residual streams, and the logits' sort.
+    # Scores in float32 and once more as shares, a few activations, and the logits' sort.
     scores = each * tokens * queries * context * (4 + size)
     logits = each * parts(c.vocab, n) * 4
-    temporary = scores + 4 * stream + 8 * logits + MIB
+    widest = max(c.embed, parts(c.mlp, n), queries * c.head_dim)
+    temporary = scores + 16 * each * tokens * widest + 8 * logits + MIB
     no_more("temporary", memory.temp_size_in_bytes, 64 * MIB if cpu else temporary)
     if rows == tokens == 1 and (experts := [shape for shape in weights if len(shape) == 3]):
         matrix = min(math.prod(shape[1:]) for shape in experts) * size
