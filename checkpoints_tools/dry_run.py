@@ -1,8 +1,10 @@
 """What a conversion would do, exactly, without reading or writing a weight."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints_tools.plan import Conversion, Item, plan
+from tpjax.padding import padding
 from tpjax.parallel.rules import sharding_word
 
 _HEAD = ("source", "dtype", "->", "weight", "shape", "dtype", "axes", "split over", "MB/device")
@@ -14,10 +16,12 @@ def dry_run(
     """The plan as an object and as text. Of a lone config.json, names are what they would be."""
     conversion = plan(src, dtype=dtype, headers_only=True, **mesh)
     budget = conversion.budget(max_host_bytes)
+    cost = padding(conversion.table)
     shape = dict(conversion.table.plan.mesh.shape)
     result = {
         "source": str(src),
         "family": conversion.folder.family.model_type,
+        "padding": asdict(cost),
         "parameters": conversion.table.parameters,
         "mesh": shape,
         "source_bytes": conversion.source_bytes,
@@ -75,6 +79,7 @@ def _lines(conversion: Conversion, result: dict) -> list[str]:
         f" {len(result['weights'])} weights, {result['source_bytes'] / 1e9:.3f} GB to read,"
         f" {result['bytes'] / 1e9:.3f} GB to write",
         f"on the mesh {mesh}: {result['bytes_per_device'] / 1e9:.3f} GB of weights per device",
+        str(padding(conversion.table)),
         f"host memory: {result['peak_buffers_bytes'] / 1e6:.0f} MB of buffers, and about 0.1 GB of"
         f" the program itself; {result['workers']} weight(s) at a time",
     ]

@@ -13,7 +13,8 @@ from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.checkpoint.safetensors import READABLE, TensorInfo, read_json
 from tpjax.errors import CheckpointError
 from tpjax.models import FAMILIES
-from tpjax.parallel.mesh import even_degrees, make_mesh
+from tpjax.parallel.degrees import even_degrees
+from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 

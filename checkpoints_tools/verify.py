@@ -23,7 +23,8 @@ from tpjax.checkpoint.manifest import MANIFEST, NewerFormat, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
 from tpjax.checkpoint.tensors import Tensor, Tensors
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.parallel.mesh import even_degrees, make_mesh
+from tpjax.parallel.degrees import even_degrees
+from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 

@@ -33,7 +33,7 @@ def main() -> None:
     config = transformers.StableLmConfig(
         vocab_size=131,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=100,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,

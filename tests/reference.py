@@ -58,7 +58,7 @@ def states(hf, ids) -> list[np.ndarray]:
         hook.remove()
     if norm is None:
         seen.append(seen[-1])
-    return [x.reshape(-1, x.shape[-1]).numpy() for x in seen]
+    return [x.reshape(-1, x.shape[-1]).float().numpy() for x in seen]
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def decoded(hf, ids, prompt: int) -> np.ndarray:
     logits = []
     for id_ in ids[prompt:]:
         out = hf(torch.tensor([[id_]]), past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits[0, 0])
+        logits.append(out.logits[0, 0].float())
     return torch.stack(logits).numpy()
 
 

@@ -40,7 +40,7 @@ MAY_NAME = {
     "device_get": ("engine/engine.py",),
 }
 TORCH = ("checkpoints_tools/sources.py", "checkpoints_tools/logits.py")  # legacy files, a peer
-LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp"}
+LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp", "expert_mlp"}
 
 
 def below(path: Path) -> str:
@@ -102,6 +102,7 @@ def test_no_jax_in_what_must_plan_without_devices():
     files = [
         "config.py",
         "rope.py",
+        "parallel/degrees.py",
         "parallel/dims.py",
         "errors.py",
         "params.py",

@@ -312,6 +312,22 @@ def test_a_damaged_tokenizer(folder, text):
         tpjax.LLM(folder)
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+PARTLY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+}
+
+
 @pytest.mark.parametrize(
     "family, changes, said",
     [
@@ -320,18 +336,17 @@ def test_a_damaged_tokenizer(folder, text):
         ("gemma3_text", {"layer_types": ["sliding_attention", "wrong"]}, "layer_types"),
         ("gemma2", {"use_bidirectional_attention": True}, "only causal models"),
         ("opt", {"layer_norm_elementwise_affine": False}, "OPT here has weights in norms"),
-        (
-            "phi3",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0],
-                    "long_factor": [1.0],
-                }
-            },
-            "factor",
-        ),
+        ("phi3", {"rope_parameters": LONG | {"short_factor": [1.0]}}, "length 4, got 1"),
+        ("phi3", {"rope_parameters": LONG | {"short_factor": [0.0] * 4}}, "must be above 0"),
+        ("llama", {"rope_parameters": LONG}, "known for phi3, not for llama"),
+        ("phi3", {"rope_parameters": PARTLY | {"partial_rotary_factor": 0.0}}, "= 0: must be even"),
+        ("phi3", {"rope_parameters": PARTLY | {"partial_rotary_factor": 0.4}}, "= 3: must be even"),
+        ("llama", {"rope_parameters": PARTLY}, "llama rotates whole heads"),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}, "not a valid llama config"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": -1}}, "beta_fast=-1.0: must be above 0"),
+        ("mistral", {"sliding_window": -1}, "sliding_window=-1: must be 1 or more"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
+        ("llama", {"per_layer_config": {"0": {"hidden_act": "relu"}}}, "per_layer_config"),
     ],
 )
 def test_a_config_no_family_has(tmp_path, family, changes, said):

@@ -23,7 +23,8 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint.manifest import Manifest
 from tpjax.checkpoint.safetensors import SafetensorsFolder
 
-BIG = Path(__file__).parent / "data/configs/llama-3.1-405b-instruct.json"
+CONFIGS = Path(__file__).parent / "data/configs"
+BIG = CONFIGS / "llama-3.1-405b-instruct.json"
 VERBS = ("convert", "inspect", "verify", "export")
 
 
@@ -127,13 +128,28 @@ def test_a_dry_run_for_people(capsys):
     assert "4,213,504 parameters" in out and "GB of weights per device" in out
 
 
+def test_a_dry_run_tells_what_a_degree_costs(capsys):
+    """Padding and copies, in words and in JSON."""
+    words = ["convert", str(CONFIGS / "qwen2.5-0.5b.json"), "--dry-run", "--tensor"]
+    assert main([*words, "3"]) == 0
+    assert "padding: heads 14 -> 21, kv_heads 2 -> 3" in capsys.readouterr().out
+    assert main([*words, "8"]) == 0
+    assert "each key/value head is on 4 devices" in capsys.readouterr().out
+    assert main([*words, "8", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["padding"]
+    assert cost["sizes"]["heads"] == [14, 16] and cost["copies"] == 4
+
+
 def test_405_billion_parameters_in_seconds():
-    """From a config alone: under 5 s and 500 MB, Python's start included."""
-    for _ in range(3):  # the machine may be busy with something else
+    """From a config alone: under 5 s and 500 MB, Python's start included. A processor's seconds,
+    since the machine may be busy with something else, and the best of three."""
+    for _ in range(3):
         done = memory.run(["convert", str(BIG), "--dry-run", "--tensor", "8", "--json"])
-        if done["seconds"] < 5:
+        if done["processor_seconds"] < 5:
             break
-    assert done["exit"] == 0 and done["peak"] < 500e6 and done["seconds"] < 5, done
+    assert done["exit"] == 0 and done["peak"] < 500e6 and done["processor_seconds"] < 5, {
+        name: value for name, value in done.items() if name != "said"
+    }
     plan = json.loads(done["said"])
     assert plan["parameters"] == 405_853_388_800
     assert plan["source_bytes"] == 2 * plan["parameters"]

@@ -19,8 +19,10 @@ from tpjax.errors import UsageError
 from tpjax.executables import Buckets, Executables
 from tpjax.models import find
 from tpjax.padding import padding
+from tpjax.parallel.degrees import even_degrees, spread
 from tpjax.parallel.dims import Dim, place_heads
-from tpjax.parallel.mesh import even_degrees, fit, make_mesh, spread
+from tpjax.parallel.mesh import fit, largest_degree, make_mesh
+from tpjax.parallel.rules import Rules
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
@@ -180,6 +182,68 @@ def test_expert_devices_share_or_split_keys():
         config = tpjax.ModelConfig(**SIZES | sizes, moe=moe)
         plan = plan_of(config, expert=2, tensor=4)
         assert (plan.shards("kv_heads"), padding(WeightTable(config, plan)).copies) == (kv, copies)
+
+
+@pytest.mark.parametrize(
+    "axes, experts, nearest",
+    [
+        (dict(tensor=33), 0, "tensor degree that works is 32"),
+        (dict(expert=2), 0, "use tensor: the nearest tensor degree that works is 2"),
+        (dict(expert=16), 8, "expert=8 x tensor=2"),
+        (dict(expert=4, tensor=16), 8, "expert=4 x tensor=8"),
+    ],
+)
+def test_what_is_refused_gets_a_degree_of_its_own_size(axes, experts, nearest):
+    """Of at most as many devices as were asked for, so that it can be followed."""
+    moe = MoE(experts=experts, per_token=1, mlp=16, layers=(True,)) if experts else None
+    config = tpjax.ModelConfig(
+        **SIZES | dict(heads=32, kv_heads=8, head_dim=2, mlp=16, vocab=8, moe=moe)
+    )
+    with pytest.raises(UsageError, match=nearest):
+        plan_of(config, **axes)
+
+
+def test_even_degrees_of_mixtures():
+    """Experts on devices of their own split everything else too; shared experts are split; dense
+    widths count only where a layer is dense."""
+    sizes = dict(heads=28, kv_heads=4, head_dim=2, vocab=8)
+
+    def even(expert=1, mlp=7, dense=False, **more):
+        facts = dict(experts=8, per_token=2, mlp=56, layers=(not dense,))
+        moe = MoE(**facts | more)
+        return even_degrees(tpjax.ModelConfig(**SIZES | sizes, mlp=mlp, moe=moe), expert)
+
+    assert even() == [1, 2, 4, 28]
+    assert even(dense=True, mlp=14) == [1, 2]
+    assert even(shared_mlp=50) == [1, 2]
+    assert even(expert=2) == [1, 2, 14]
+    assert even(expert=3) == []
+
+
+@pytest.mark.parametrize(
+    "kv_heads, expert, devices, wanted", [(4, 2, 8, 2), (4, 4, 4, 1), (4, 3, 6, 1)]
+)
+def test_auto_takes_what_is_even_with_experts(monkeypatch, kv_heads, expert, devices, wanted):
+    moe = MoE(experts=8, per_token=2, mlp=56, layers=(True,))
+    config = tpjax.ModelConfig(
+        **SIZES | dict(heads=28, kv_heads=kv_heads, head_dim=2, mlp=7, vocab=8, moe=moe)
+    )
+    monkeypatch.setattr(jax, "devices", lambda: list(range(devices)))
+    assert largest_degree(config, expert=expert)[0] == wanted
+
+
+def test_rules_of_ones_own_are_kept():
+    config = tpjax.ModelConfig(heads=8, kv_heads=4, head_dim=2, mlp=16, vocab=8, **SIZES)
+    plan = Plan(mesh=make_mesh(tensor=2), rules=Rules(kv_heads=())).fit(config)
+    assert plan.rules.kv_heads == ()
+
+
+def test_copies_are_told_where_nothing_is_padded():
+    config = tpjax.ModelConfig(heads=8, kv_heads=2, head_dim=2, mlp=16, vocab=8, **SIZES)
+    cost = padding(WeightTable(config, plan_of(config, tensor=8)))
+    assert not cost.sizes and cost.costs
+    assert cost.copied_bytes == 3 * 2 * (2 * 2 * 24) * 4
+    assert str(cost).startswith("each key/value head is on 4 devices: 4 times the cache")
 
 
 def test_rep_is_kept_as_given():

@@ -14,4 +14,4 @@ def test_add_a_family():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     difference, tokens = done.stdout.splitlines()
     assert float(difference.split()[-1]) < 1e-4 and len(tokens.split(",")) == 16
-    assert "padding: heads 8 -> 12, kv_heads 4 -> 6" in done.stderr
+    assert "padding: heads 8 -> 12, kv_heads 4 -> 6, mlp 100 -> 102" in done.stderr

@@ -1,6 +1,9 @@
 """Published models, from their config.json alone: how many parameters they have, and what their
 tensors are called."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +14,7 @@ from tests.published import CONFIGS, LITERAL, resolved
 from tpjax.checkpoint.folder import model_config, read_folder
 from tpjax.checkpoint.safetensors import SafetensorsFolder
 from tpjax.checkpoint.tensors import Tensors
+from tpjax.errors import CheckpointError
 from tpjax.models import FAMILIES
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
@@ -293,6 +297,49 @@ def as_in_memory(name: str) -> str:
     if name.startswith(OF_TEXT):
         return "model.language_model." + name.removeprefix(OF_TEXT)
     return f"model.{name}"
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_an_untied_head_of_gemma_3(with_pictures, tmp_path, prefix):
+    """By today's name or by Google's, a head of its own is found."""
+    folder, _ = with_pictures
+    tensors = load_file(folder / "model.safetensors")
+    own = -tensors["language_model.model.embed_tokens.weight"]
+    head = {f"{prefix}lm_head.weight": own}
+    save_file(tensors | head, tmp_path / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    llm = reference.load(tmp_path, 2)
+    at = [spec.path for spec in llm.table.specs].index("head")
+    assert np.array_equal(np.asarray(llm.weights[at])[: len(own)], own)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="lm_head"):  # tied, and yet another matrix
+        reference.load(tmp_path, 2)
+
+
+IGNORED_WORDS = {
+    "llama": {"hidden_activation": "relu"},
+    "gemma": {"hidden_activation": "relu"},
+    "mistral": {"attention_bias": True},
+    "mixtral": {"attention_bias": True, "layer_types": ["full_attention"] * 2},
+    "phi3": {"layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3_moe": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", IGNORED_WORDS)
+def test_words_that_transformers_does_not_heed(tmp_path, family):
+    """What a config says beside what its family reads changes nothing, there or here."""
+    tiny = list(families.FAMILIES[family].values())[-1]
+    hf = tiny.make(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    plain, _ = model_config(config, "plain")
+    more = config | IGNORED_WORDS[family]
+    assert model_config(more, "more")[0] == plain
+    (tmp_path / "config.json").write_text(json.dumps(more))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = reference.prompt(40)
+    assert np.array_equal(reference.logits(again.eval(), ids), reference.logits(hf, ids))
 
 
 @pytest.mark.parametrize("renamed", [as_saved, as_published, as_in_memory])

@@ -1,6 +1,7 @@
 """The model is right: on every mesh and in every variant it computes what transformers computes."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +38,6 @@ class Case:
 MESHES = {
     "tensor=1": Case((1, 1, 1)),
     "tensor=2": Case((1, 2, 1)),
-    "tensor=4": Case((1, 4, 1)),
     "tensor=8": Case((1, 8, 1), MHA),
     "tensor=4 x rep=2, long": Case(
         (1, 4, 2), max_model_len=2 * LARGE, lengths=(3, SMALL + 1, MIDDLE + 6, LARGE + 6)
@@ -95,9 +95,10 @@ def test_every_layer(tiny_model, tensor):
     assert max(apart) <= reference.TOLERANCE, apart
 
 
-@pytest.mark.parametrize("tensor", [4, 8])
+@pytest.mark.parametrize("tensor", [3, 8])
 def test_sum_algorithms_agree(tiny_model, tensor):
-    """Reduce-scatter and all-gather make the sum that one all-reduce makes; at 8 over two axes."""
+    """Reduce-scatter and all-gather make the sum that one all-reduce makes; 3 devices do not divide
+    the stream, 8 are two axes."""
     folder, _ = tiny_model(**FACTS)
     mesh = tpjax.make_mesh(tensor=tensor)
     one, other = (
@@ -127,12 +128,16 @@ def test_computing_in_bfloat16(tiny_model, tensor):
     assert not agrees(llm, hf)
 
 
-def test_stored_in_bfloat16(tiny_model):
+def test_stored_in_bfloat16(tiny_model, tmp_path):
     """A bfloat16 checkpoint is widened without loss: float32 accuracy on its rounded weights."""
     folder, _ = tiny_model(**FACTS, dtype=torch.bfloat16)
     hf = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     llm = load(folder, 4, dtype="float32", max_model_len=64)
     assert llm.folder.stored_dtype == "bfloat16"
+    raw = json.loads((folder / "config.json").read_text())
+    copy = shutil.copytree(folder, tmp_path / "unnamed")
+    (copy / "config.json").write_text(json.dumps({k: raw[k] for k in raw if "dtype" not in k}))
+    assert folders.read_folder(copy).stored_dtype == "bfloat16"  # as its tensors say
     assert agrees(llm, hf)
 
 

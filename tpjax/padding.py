@@ -15,7 +15,13 @@ class Padding:
     flops: float  # of the products of one token, attention's own aside
     cache: float  # keys and values of heads that are padding
     copies: int  # devices that hold each key/value head
+    copied_bytes: int  # of their projections, beyond the first copy
     sizes: dict[str, tuple[int, int]]  # axis -> (the model's size, the padded one)
+
+    @property
+    def costs(self) -> bool:
+        """Whether there is something to tell: padding, or copies of key/value heads."""
+        return self.uneven or self.copies > 1
 
     @property
     def uneven(self) -> bool:
@@ -23,17 +29,26 @@ class Padding:
         return bool(self.sizes.keys() - {"vocab"})
 
     def __str__(self) -> str:
-        changed = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.sizes.items())
-        return (
-            f"padding: {changed}: {self.weight_bytes / 1e9:.3f} GB of zeros, {self.weights:+.1%}"
-            f" weights, {self.flops:+.1%} FLOPs, {self.cache:+.1%} cache"
-        )
+        said = []
+        if self.sizes:
+            changed = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.sizes.items())
+            said.append(
+                f"padding: {changed}: {self.weight_bytes / 1e9:.3f} GB of zeros,"
+                f" {self.weights:+.1%} weights, {self.flops:+.1%} FLOPs, {self.cache:+.1%} cache"
+            )
+        if self.copies > 1:
+            said.append(
+                f"each key/value head is on {self.copies} devices: {self.copies} times the cache"
+                f" and its projections, {self.copied_bytes / 1e9:.3f} GB of copied weights"
+            )
+        return "; ".join(said) or "no padding, no copies"
 
 
 def padding(table: WeightTable) -> Padding:
     """What the table's plan adds to its model."""
     config, plan = table.config, table.plan
     heads = plan.heads(config)
+    copies = plan.shards("heads") // plan.shards("kv_heads")
     zeros = sum(spec.bytes - math.prod(spec.stored) * spec.dtype.itemsize for spec in table.specs)
     whole = sum(math.prod(spec.stored) * spec.dtype.itemsize for spec in table.specs)
     sizes = {
@@ -49,7 +64,8 @@ def padding(table: WeightTable) -> Padding:
         weights=zeros / whole,
         flops=_products(table, laid_out=True) / _products(table, laid_out=False) - 1,
         cache=len(heads.kv) / config.kv_heads - 1,
-        copies=plan.shards("heads") // plan.shards("kv_heads"),
+        copies=copies,
+        copied_bytes=(copies - 1) * sum(s.bytes for s in table.specs if "kv_heads" in s.axes),
         sizes={axis: of for axis, of in sizes.items() if of[0] != of[1]},
     )
 

@@ -31,7 +31,8 @@ class Plan:
         """This plan on the mesh that suits the model (see `tpjax.parallel.mesh.fit`)."""
         mesh, heads = meshes.fit(self.mesh, config)
         rules = self.rules
-        if rules.heads == Rules().heads:  # else somebody has decided
+        usual = Rules()
+        if (rules.heads, rules.kv_heads) == (usual.heads, usual.kv_heads):  # nobody has decided
             rules = replace(rules, kv_heads=heads.kv, heads=heads.kv + heads.copies)
         return replace(self, mesh=mesh, rules=rules)
 

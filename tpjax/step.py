@@ -1,4 +1,4 @@
-"""The pure steps, and their executables: built ahead of time, one per bucket, never after warm-up.
+"""The pure steps; `executables` builds them ahead of time, one per bucket.
 
 B sequences, T tokens, S cache positions, N tokens per dispatch, C packed columns.
 """

@@ -7,6 +7,7 @@ hard limit of a control group, where this user may make one, counts it and shows
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,14 @@ def anonymous(pid: int) -> int:
 
 
 def run(words: list[str], group: Path | None = None) -> dict:
-    """Run the command, in a control group if there is one: its peak, seconds and exit code."""
+    """Run the command, in a control group if there is one: its peak, seconds (by the clock, and of
+    processors) and exit code."""
 
     def enter() -> None:
         assert group is not None
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    start, peak = time.perf_counter(), 0
+    start, busy, peak = time.perf_counter(), _processors(), 0
     with tempfile.TemporaryFile("w+") as said:  # a pipe nobody reads would fill up
         child = subprocess.Popen(
             [sys.executable, "-m", "checkpoints_tools", *words],
@@ -48,9 +50,16 @@ def run(words: list[str], group: Path | None = None) -> dict:
         return {
             "peak": peak,
             "seconds": round(seconds, 1),
+            "processor_seconds": round(_processors() - busy, 1),
             "exit": child.returncode,
             "said": said.read(),
         }
+
+
+def _processors() -> float:
+    """Seconds that processors worked for the children this process has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def limited(limit: int) -> Path | None:

@@ -16,7 +16,8 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint.layout import NUMPY
 from tpjax.checkpoint.manifest import WEIGHTS, Manifest
 from tpjax.checkpoint.orbax import as_bytes
-from tpjax.parallel.mesh import even_degrees, make_mesh
+from tpjax.parallel.degrees import even_degrees
+from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 

@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from tpjax.checkpoint.manifest import JOURNAL
-from tpjax.checkpoint.safetensors import one_line, read_json
+from tpjax.checkpoint.safetensors import dtype_of_first, one_line, read_json
 from tpjax.config import DTYPES, ModelConfig, check_dtype
 from tpjax.errors import CheckpointError, UsageError
 from tpjax.models import Family, find
@@ -86,7 +88,7 @@ def read_folder(path: Path) -> ModelFolder:
     extra = path / "generation_config.json"
     if extra.is_file():
         generation |= {k: v for k, v in read_json(extra).items() if v is not None}
-    return ModelFolder(path, config, family, stored_dtype(raw), generation)
+    return ModelFolder(path, config, family, stored_dtype(raw, path), generation)
 
 
 def config_only(file: Path) -> ModelFolder:
@@ -96,13 +98,23 @@ def config_only(file: Path) -> ModelFolder:
     return ModelFolder(file.parent, config, family, stored_dtype(raw), {})
 
 
-def stored_dtype(raw: dict) -> str:
-    """The dtype a config names, in the new word or the old one."""
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+def stored_dtype(raw: dict, folder: Path | None = None) -> str:
+    """The dtype a config names, in the new word or the old one; else what its weights have."""
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if named is None and folder is not None:
+        named = dtype_of_first(folder)
+    return str(named or "float32").removeprefix("torch.")
 
 
 def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
     """The facts in a ``config.json``, with transformers filling in what it leaves out."""
+    if isinstance(about := raw.get("quantization_config"), dict):
+        raise CheckpointError(
+            f"{where}: weights quantised by {about.get('quant_method', 'an unnamed method')}"
+            " (quantization_config); give the checkpoint it was made from"
+        )
+    if raw.get("per_layer_config"):
+        raise CheckpointError(f"{where}: per_layer_config: no layer here is made by it")
     if "auto_map" in raw:
         raise CheckpointError(
             f"{where}: auto_map asks to run code from the checkpoint (trust_remote_code), which"
@@ -118,13 +130,14 @@ def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
         name = family.model_type
         hf = known[name].from_dict(raw).to_dict() if name in known else raw
         config = family.config(hf)
+        wrong = impossible(config)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a config transformers itself refuses
         raise CheckpointError(
             f"{where}: not a valid {family.model_type} config ({one_line(error)})"
         ) from error
-    if wrong := impossible(config):
+    if wrong:
         raise CheckpointError(f"{where}: not a valid {family.model_type} config ({wrong})")
     return config, family
 
@@ -142,6 +155,8 @@ def impossible(config: ModelConfig) -> str | None:
                 return f"{word}={getattr(moe, word)}: must be 1 or more"
         if moe.per_token > moe.experts:
             return f"{moe.per_token} experts per token, but there are only {moe.experts}"
+    if config.window is not None and config.window < 1:
+        return f"sliding_window={config.window}: must be 1 or more"
     if config.heads % config.kv_heads:
         return f"heads={config.heads} is not a multiple of kv_heads={config.kv_heads}"
     ropes = filter(None, (config.rope, config.rope_local))
@@ -151,14 +166,19 @@ def impossible(config: ModelConfig) -> str | None:
 def _impossible_rope(rope: Rope, head_dim: int) -> str | None:
     dim = rope.dim(head_dim)
     if dim < 2 or dim % 2:
-        return f"head_dim={head_dim}: must be even"
-    for word in ("theta", "factor", "original_max_position"):
+        part = "" if rope.rotated == 1 else f" x partial_rotary_factor={rope.rotated} = {dim}"
+        return f"head_dim={head_dim}{part}: must be even"
+    for word in ("theta", "factor", "original_max_position", "beta_fast", "beta_slow"):
         if not getattr(rope, word) > 0:
             return f"rope {word}={getattr(rope, word)}: must be above 0"
     if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         return "rope low_freq_factor must be below high_freq_factor"
     if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == dim // 2:
         return f"rope short_factor and long_factor must have {dim // 2} numbers each"
+    if not all(factor > 0 for factor in rope.short_factor + rope.long_factor):
+        return "rope short_factor and long_factor must be above 0"
+    if not all(np.isfinite(rope.inv_freq(head_dim, long=long)).all() for long in (False, True)):
+        return "rope: its frequencies are not finite"
     return None
 
 

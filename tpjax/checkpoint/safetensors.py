@@ -150,6 +150,17 @@ class SafetensorsFolder:
         return part
 
 
+def dtype_of_first(folder: Path) -> str | None:
+    """The dtype of a folder's first tensor, None if it has none; what is wrong is found later."""
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        with contextlib.suppress(SafetensorError, OSError):
+            handle = safe_open(path, framework="numpy")
+            return next(
+                (READABLE.get(handle.get_slice(n).get_dtype()) for n in handle.keys()), None
+            )
+    return None
+
+
 def _offsets(path: Path) -> dict[str, int]:
     """Where each tensor's bytes begin, from a header that the library has found to be good."""
     with open(path, "rb") as file:

@@ -95,8 +95,7 @@ class LLM:
         else:
             self.folder = folders.read_folder(folders.locate(model))
         if tensor_parallel_size == "auto":
-            replicas = (data_parallel_size or 1) * (expert_parallel_size or 1)
-            tensor_parallel_size = self._largest(replicas, say)
+            tensor_parallel_size = self._largest(data_parallel_size, expert_parallel_size, say)
         plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size, expert_parallel_size)
         dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
         config = folders.with_dtype(self.folder.config, dtype)
@@ -118,7 +117,7 @@ class LLM:
         buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
         self.table = WeightTable(config, self.plan)
         self.padding = padding(self.table)
-        if self.padding.uneven:
+        if self.padding.costs:
             say(str(self.padding))
         self.memory = check_memory(self.table, buckets)
         self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
@@ -137,12 +136,14 @@ class LLM:
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
 
-    def _largest(self, data: int, say: Callable[[str], None]) -> int:
+    def _largest(self, data: int | None, expert: int | None, say: Callable[[str], None]) -> int:
+        data, expert = (1 if n is None else n for n in (data, expert))
         whole("data_parallel_size", data, 1, 2**31)
-        config = self.folder.config
-        degree, each = largest_degree(config, data)
+        whole("expert_parallel_size", expert, 1, 2**31)
+        degree, each = largest_degree(self.folder.config, data, expert)
         if degree < each:
-            say(f"using {degree} of {each} devices: more would need padding")
+            of = each * data * expert
+            say(f"using {degree * data * expert} of {of} devices: more would need padding")
         return degree
 
     def get_default_sampling_params(self) -> SamplingParams:

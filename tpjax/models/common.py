@@ -56,7 +56,6 @@ def decoder(hf: dict, **more: Any) -> ModelConfig:
     if hf.get("use_bidirectional_attention"):
         raise CheckpointError("use_bidirectional_attention: only causal models run here")
     heads = hf["num_attention_heads"]
-    bias = hf.get("attention_bias", False)
     facts: dict[str, Any] = dict(
         family=hf["model_type"],
         vocab=hf["vocab_size"],
@@ -68,14 +67,17 @@ def decoder(hf: dict, **more: Any) -> ModelConfig:
         mlp=hf["intermediate_size"],
         max_position=extended(hf),
         norm_eps=hf.get("rms_norm_eps", 0.0),
-        qkv_bias=bias,
-        o_bias=bias,
-        act=act(hf.get("hidden_activation") or hf["hidden_act"]),
+        act=more["act"] if "act" in more else act(hf["hidden_act"]),
         tie_embeddings=hf["tie_word_embeddings"],
     )
     if "rope" not in more:
         facts["rope"] = rope(hf["rope_parameters"], hf)
     return ModelConfig(**facts | more)
+
+
+def biases(hf: dict) -> dict[str, Any]:
+    """Whether attention has biases, in families where a config may say so."""
+    return {"qkv_bias": hf["attention_bias"], "o_bias": hf["attention_bias"]}
 
 
 def act(name: str) -> Any:
@@ -85,9 +87,9 @@ def act(name: str) -> Any:
     return ACTS[name]
 
 
-def windows(hf: dict, window: int | None) -> dict[str, Any]:
-    """``window`` and which layers have it: by ``layer_types``, or all."""
-    types = hf.get("layer_types")
+def windows(hf: dict, window: int | None, *, by_layer: bool = True) -> dict[str, Any]:
+    """``window`` and which layers have it: ``by_layer``, as ``layer_types`` say, or all."""
+    types = hf.get("layer_types") if by_layer else None
     if types is None:
         types = ["sliding_attention" if window else "full_attention"] * hf["num_hidden_layers"]
     if unknown := set(types) - {"sliding_attention", "full_attention"}:
@@ -108,17 +110,19 @@ def extended(hf: dict) -> int:
     return length
 
 
-def rope(about: dict, hf: dict, *, partial: bool = False) -> Rope:
-    """Rope facts from transformers' normalised ``rope_parameters``. ``partial``: whether the family
-    can rotate a part of every head."""
+def rope(about: dict, hf: dict, *, phi: bool = False) -> Rope:
+    """Rope facts from transformers' normalised ``rope_parameters``. ``phi``: whether this is the
+    family that rotates a part of every head, and anew when a sequence outgrows a longrope."""
     kind = about.get("rope_type", "default")
     longest = hf["max_position_embeddings"]
     original = about.get("original_max_position_embeddings") or longest
     words: dict[str, Any] = {"kind": kind, "theta": float(about["rope_theta"])}
-    if (rotated := about.get("partial_rotary_factor") or 1.0) != 1.0:
-        if not partial:
+    if (rotated := about.get("partial_rotary_factor")) not in (None, 1.0):
+        if not phi:
             raise CheckpointError(f"partial_rotary_factor: {hf['model_type']} rotates whole heads")
         words["rotated"] = float(rotated)
+    if kind == "longrope" and not phi:
+        raise CheckpointError(f"rope_type='longrope': known for phi3, not for {hf['model_type']}")
     match kind:
         case "default":
             return Rope(**words)

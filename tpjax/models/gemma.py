@@ -4,7 +4,18 @@ around every block, cap logits (2), and mix windows with layers that see everyth
 from typing import Any
 
 from tpjax.config import ModelConfig
-from tpjax.models.common import ATTENTION, MLP, NORMS, QK_NORMS, decoder, names, rope, windows
+from tpjax.models.common import (
+    ATTENTION,
+    MLP,
+    NORMS,
+    QK_NORMS,
+    act,
+    biases,
+    decoder,
+    names,
+    rope,
+    windows,
+)
 from tpjax.models.registry import family
 
 AROUND = {
@@ -16,18 +27,20 @@ AROUND = {
 NAMES_3 = names(ATTENTION, MLP, AROUND, QK_NORMS)
 # What a multimodal folder's text part is called: in published files, and as saved today.
 ROOTS = ("model.", "language_model.model.", "model.language_model.")
-OTHER_PARTS = (r"^(model\.)?(vision_tower|multi_modal_projector)\.", r"^language_model\.lm_head\.")
+OTHER_PARTS = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
 
 
 def every(hf: dict, **more: Any) -> ModelConfig:
     """What all three are."""
-    return decoder(hf, norm_offset=1.0, embed_scale=float(hf["hidden_size"]) ** 0.5, **more)
+    scale = float(hf["hidden_size"]) ** 0.5
+    return decoder(hf, norm_offset=1.0, embed_scale=scale, **biases(hf), **more)
 
 
 def later(hf: dict, **more: Any) -> ModelConfig:
     """What the second and the third are."""
     return every(
         hf,
+        act=act(hf["hidden_activation"]),
         norm_place="around",
         attn_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
         attn_softcap=hf["attn_logit_softcapping"],

@@ -18,4 +18,4 @@ def mixtral(hf: dict) -> ModelConfig:
         mlp=hf["intermediate_size"],
         layers=(True,) * hf["num_hidden_layers"],
     )
-    return decoder(hf, moe=moe, **windows(hf, hf["sliding_window"]))
+    return decoder(hf, moe=moe, **windows(hf, hf["sliding_window"], by_layer=False))

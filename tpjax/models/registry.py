@@ -35,19 +35,16 @@ class Family:
         return list(self.names).index(_template(path)[0])
 
     def as_in(self, stored: Collection[str]) -> "Family":
-        """This family with the root that these tensors' names have."""
-        embedding = self.names["embed.w"].removeprefix(self.roots[0])
-        found = [root for root in self.roots if root + embedding in stored]
-        if not found or found[0] == self.roots[0]:
-            return self
+        """This family with the root, and the head's prefix, that these tensors' names have."""
+        embedding, head = self.names["embed.w"].removeprefix(self.roots[0]), self.names["head"]
+        found = [root for root in self.roots if root + embedding in stored] or [self.roots[0]]
+        heads = [name for name in stored if name == head or name.endswith(f".{head}")]
         old, new = self.roots[0], found[0]
-        return replace(
-            self,
-            names={
-                path: new + name.removeprefix(old) if name.startswith(old) else name
-                for path, name in self.names.items()
-            },
-        )
+        names = {
+            path: new + name.removeprefix(old) if name.startswith(old) else name
+            for path, name in self.names.items()
+        }
+        return replace(self, names=names | {"head": heads[0] if len(heads) == 1 else head})
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint's tensor is none of the language model's weights."""

@@ -46,19 +46,24 @@ def linear(
     B, T, _ = x_BTI.shape
     y_RO = product(plan, x_BTI, w_OI, out_axis, in_axis)
     y_RO = plan.sum(y_RO, plan.mesh_axes(in_axis), "batch", out_axis)
-    y_BTO = plan.reshape(y_RO, (B, y_RO.shape[0] // B, y_RO.shape[1]), "batch", None, out_axis)
-    return y_BTO[:, :T]
+    return plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
 
 
 def product(
     plan: Plan, x_BTI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
 ) -> jax.Array:
     """``y_RO`` in float32, not yet summed."""
-    if _alone_on_a_cpu(plan, x_BTI):
+    partial = plan.mesh_axes(in_axis)
+    alone = _alone_on_a_cpu(plan, x_BTI)
+    if alone:
         x_BTI = jnp.concatenate([x_BTI, x_BTI], axis=1)
     B, T, features = x_BTI.shape
     x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
-    return matmul(plan, x_RI, w_OI, out_axis, plan.mesh_axes(in_axis))
+    y_RO = matmul(plan, x_RI, w_OI, out_axis, partial)
+    if alone:
+        twice = plan.spec("batch", None, out_axis, partial=partial)
+        y_RO = jnp.reshape(y_RO, (B, T, y_RO.shape[1]), out_sharding=twice)[:, 0]
+    return y_RO
 
 
 def _alone_on_a_cpu(plan: Plan, x_BTI: jax.Array) -> bool:

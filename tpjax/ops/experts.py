@@ -114,7 +114,7 @@ class _Blocks:
     def __call__(self, x_RD, weights: Experts, expert_RX, mine_RX, share_RX, act) -> jax.Array:
         R, X = expert_RX.shape
         E = weights.gate_EFD.shape[0]
-        M = self._rows(R, X, E, x_RD.dtype)
+        M = self._rows(R, X, weights.router_ED.shape[0], x_RD.dtype)
         expert_P = jnp.where(mine_RX, expert_RX, E).reshape(R * X)
         pair_P = jnp.argsort(expert_P, stable=True)
         count_E = jnp.sum(expert_P[:, None] == jnp.arange(E)[None, :], axis=0, dtype=jnp.int32)
@@ -139,10 +139,10 @@ class _Blocks:
         nothing_RD = jnp.broadcast_to(0.0 * share_RX[:, :1], x_RD.shape)
         return jax.lax.fori_loop(0, last_E[-1], block, nothing_RD)
 
-    def _rows(self, R: int, X: int, E: int, dtype) -> int:
-        """Twice what an expert gets on average, as a power of two; at least two rows in 16 bits,
-        where a CPU is slow with one."""
-        usual = 1 << (max(1, 2 * R * X // E) - 1).bit_length()
+    def _rows(self, R: int, X: int, experts: int, dtype) -> int:
+        """Twice what one of all experts gets on average, as a power of two; in 16 bits at least two
+        rows, since a CPU is slow with one."""
+        usual = 1 << (max(1, 2 * R * X // experts) - 1).bit_length()
         least = 2 if self.on_cpu and dtype != jnp.float32 else 1
         return max(least, min(R, usual, BLOCK))
 

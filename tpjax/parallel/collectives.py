@@ -8,6 +8,7 @@ returns the sum, with spec ``spec``. Cost per device for S bytes over n devices:
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tpjax.parallel.rules import MeshAxes
@@ -25,9 +26,12 @@ def reduce_scatter_all_gather(
     is where sequence parallelism and overlap will later put work in between."""
 
     def local(y_part):
-        last = y_part.ndim - 1
+        last, size = y_part.ndim - 1, y_part.shape[-1]
+        padding = [(0, 0)] * last + [(0, -size % jax.lax.axis_size(partial))]
+        y_part = jnp.pad(y_part, padding)  # nothing, where the devices divide it
         mine = jax.lax.psum_scatter(y_part, partial, scatter_dimension=last, tiled=True)
-        return jax.lax.all_gather(mine, partial, axis=last, tiled=True)
+        whole = jax.lax.all_gather(mine, partial, axis=last, tiled=True)
+        return jax.lax.slice_in_dim(whole, 0, size, axis=last)
 
     return jax.shard_map(local, in_specs=unsummed, out_specs=spec, check_vma=False)(y)
 

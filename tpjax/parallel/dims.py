@@ -7,6 +7,8 @@ divide them. What no checkpoint has is exactly zero and adds exactly nothing.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MeshAxes = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Dim:

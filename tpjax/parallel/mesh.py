@@ -1,14 +1,7 @@
-"""The named device mesh, and how a model's heads are spread over it at any degree.
-
-Axes: ``data`` (replicas of the model that share the batch), ``expert`` (whole experts are placed
-over it; everything else is split over it as over ``tensor``), ``tensor`` (heads, MLP width and
-vocabulary are split over it) and ``rep``: devices that share a key/value head, while query heads,
-MLP and vocabulary are split over all of them.
-"""
+"""The named device mesh: made, fitted to a model, drawn. `degrees` says what its axes are."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -16,10 +9,9 @@ from jax.sharding import AxisType, Mesh
 
 from tpjax.config import ModelConfig
 from tpjax.errors import ResourceError, UsageError
-from tpjax.parallel.dims import Heads, place_heads
+from tpjax.parallel.degrees import AXES, Spread, even_degrees, nearest, refusal, spread, words
+from tpjax.parallel.dims import Heads
 from tpjax.parallel.rules import MeshAxes
-
-AXES = ("data", "expert", "tensor", "rep")
 
 
 def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, expert: int = 1, devices=None) -> Mesh:
@@ -50,11 +42,6 @@ def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, expert: int = 1, dev
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def words(sizes) -> str:
-    """``data=1 x tensor=4 x rep=2``; ``expert`` only where it is used."""
-    return " x ".join(f"{a}={sizes[a]}" for a in AXES if a != "expert" or sizes[a] > 1)
-
-
 def tensor_degree(mesh: Mesh) -> int:
     """Devices that one replica of the model is spread over."""
     check_axes(mesh)
@@ -69,67 +56,11 @@ def check_axes(mesh: Mesh) -> None:
         raise UsageError(f"mesh axes {mesh.axis_names}: make it with tpjax.make_mesh, axes {AXES}")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How the devices of one replica hold the heads: ``kv`` mesh axes split key/value heads, the
-    devices along ``copies`` share one and split its query heads."""
-
-    tensor: int
-    rep: int
-    kv: MeshAxes
-    copies: MeshAxes
-
-
-def spread(config: ModelConfig, expert: int, tensor: int, rep: int) -> Spread:
-    """The best of the ways to hold the heads on this many devices: that with the fewest heads on
-    each, where key/value heads count twice, for their projections and for the cache. With ``rep``
-    given, it stays; else ``tensor`` may be split into ``tensor`` x ``rep``."""
-    degree = tensor * rep
-
-    def ways():
-        for t in (tensor,) if rep > 1 else (d for d in range(1, degree + 1) if degree % d == 0):
-            yield Spread(t, degree // t, ("expert", "tensor"), ("rep",)), expert * t
-            if expert > 1:
-                yield Spread(t, degree // t, ("tensor",), ("rep", "expert")), t
-
-    def cost(way: tuple[Spread, int]):
-        kv = -(-config.kv_heads // way[1])
-        copies = expert * degree // way[1]
-        queries = kv * -(-(config.heads // config.kv_heads) // copies)
-        return queries + 2 * kv, kv, copies
-
-    return min(ways(), key=cost)[0]
-
-
-def refusal(config: ModelConfig, expert: int, tensor: int, rep: int) -> str | None:
-    """Why these axes make no sense for this model, or None if they do."""
-    if expert > 1 and config.moe is None:
-        return f"expert={expert}: {config.family} has no experts; use tensor"
-    if config.moe is not None and expert > config.moe.experts:
-        return f"expert={expert} is more than the {config.moe.experts} experts"
-    degree = expert * tensor * rep
-    if degree > config.heads:
-        return f"{degree} devices are more than heads={config.heads}"
-    return None
-
-
-def even_degrees(config: ModelConfig) -> list[int]:
-    """The tensor degrees at which nothing is padded but the vocabulary, smallest first."""
-    return [d for d in range(1, config.heads + 1) if _even(config, d)]
-
-
-def _even(config: ModelConfig, degree: int) -> bool:
-    best = spread(config, 1, degree, 1)
-    heads = place_heads(config.heads, config.kv_heads, best.tensor, best.rep)
-    widths = {config.mlp} | ({config.moe.mlp} if config.moe else set())
-    return -1 not in heads.queries + heads.kv and not any(width % degree for width in widths)
-
-
-def largest_degree(config: ModelConfig, data: int = 1) -> tuple[int, int]:
-    """The largest even tensor degree on all devices of this process, and how many of them there
-    are for each of ``data`` replicas."""
-    each = max(1, len(jax.devices()) // data)
-    return max(d for d in even_degrees(config) if d <= each), each
+def largest_degree(config: ModelConfig, replicas: int = 1, expert: int = 1) -> tuple[int, int]:
+    """The largest even tensor degree on all devices of this process, or 1 if none is even, and how
+    many devices there are for it."""
+    each = max(1, len(jax.devices()) // (replicas * expert))
+    return max((d for d in even_degrees(config, expert) if d <= each), default=1), each
 
 
 def fit(mesh: Mesh, config: ModelConfig) -> tuple[Mesh, Spread]:
@@ -141,20 +72,10 @@ def fit(mesh: Mesh, config: ModelConfig) -> tuple[Mesh, Spread]:
     check_axes(mesh)
     data, expert, tensor, rep = (mesh.shape[a] for a in AXES)
     if why := refusal(config, expert, tensor, rep):
-        raise UsageError(f"{why}: {_nearest(config, expert)}")
+        raise UsageError(f"{why}: {nearest(config, expert, expert * tensor * rep)}")
     best = spread(config, expert, tensor, rep)
     grid = mesh.devices.reshape(data, expert, best.tensor, best.rep)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES)), best
-
-
-def _nearest(config: ModelConfig, expert: int) -> str:
-    """The nearest degree that works, as something one can type."""
-    most = config.moe.experts if config.moe else 1
-    expert = min(expert, most, config.heads)
-    tensor = config.heads // expert
-    if expert == 1:
-        return f"the nearest tensor degree that works is {tensor}"
-    return f"the nearest that works is expert={expert} x tensor={tensor}"
 
 
 def picture(mesh: Mesh, heads: Heads, sharing: MeshAxes) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-MeshAxes = tuple[str, ...]
+from tpjax.parallel.dims import MeshAxes
 
 
 @dataclass(frozen=True, kw_only=True)
