@@ -17,7 +17,8 @@ from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.config import MoE
 from tpjax.errors import CheckpointError, ResourceError, RunError, UsageError
-from tpjax.parallel.mesh import AXES, fit, make_mesh
+from tpjax.parallel.degrees import AXES
+from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
 
 
@@ -89,20 +90,22 @@ def test_more_devices_than_query_heads(folder, degree, near):
 
 
 def test_experts_where_there_are_none(folder):
-    with refused(UsageError, "expert=2", "llama has no experts", "use tensor", "works is 8"):
+    with refused(UsageError, "expert=2", "llama has no experts", "use tensor", "works is 2"):
         tpjax.LLM(folder, expert_parallel_size=2)
 
 
-@pytest.mark.parametrize("expert, tensor", [(5, 1), (4, 3)])
-def test_more_devices_than_experts_or_heads(expert, tensor):
+@pytest.mark.parametrize(
+    "expert, tensor, near", [(5, 1, "expert=4 x tensor=1"), (4, 3, "expert=4 x tensor=2")]
+)
+def test_more_devices_than_experts_or_heads(expert, tensor, near):
     sizes = dict(family="mixtral", vocab=16, embed=16, layers=1, head_dim=2, mlp=16)
     moe = MoE(experts=4, per_token=2, mlp=16, layers=(True,))
     config = tpjax.ModelConfig(heads=8, kv_heads=4, moe=moe, **sizes)
     devices = jax.devices()[:1] * expert * tensor
     mesh = make_mesh(expert=expert, tensor=tensor, devices=devices)
-    with refused(UsageError, "nearest that works is expert=4 x tensor=2"):
-        fit(mesh, config)
-    fit(make_mesh(expert=4, tensor=2, devices=jax.devices()), config)
+    with refused(UsageError, f"nearest that works is {near}"):
+        Plan(mesh=mesh).fit(config)
+    Plan(mesh=make_mesh(expert=4, tensor=2, devices=jax.devices())).fit(config)
 
 
 @pytest.fixture

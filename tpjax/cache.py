@@ -24,14 +24,16 @@ class KVCache:
     @classmethod
     def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
         """Shapes, dtypes and shardings, for lowering without allocating."""
-        shape = (rows, len(plan.heads(config).kv), length, config.head_dim)
-        sharding = plan.sharding("batch", "kv_heads", None, None)
-        one: Any = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
-        return cls(((one, one),) * config.layers)
+
+        def layer(n: int) -> Any:
+            here = plan.at(f"blocks.{n}.attn")
+            shape = (rows, len(here.heads(config).kv), length, config.head_dim)
+            sharding = here.sharding("batch", "kv_heads", None, None)
+            return jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
+
+        return cls(tuple((layer(n), layer(n)) for n in range(config.layers)))
 
     @staticmethod
     def bytes_per_device(config: ModelConfig, plan: Plan, rows: int, length: int) -> int:
         """Bytes one device holds of ``rows`` sequences of ``length`` positions."""
-        held = len(plan.heads(config).kv) // plan.shards("kv_heads")
-        per_token = config.kv_bytes_per_token // config.kv_heads * held
-        return rows * length * per_token // plan.shards("batch")
+        return rows * length * plan.layout.cached_per_token(config) // plan.data

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tpjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_generate(commands)
+    _add_plan(commands)
     _add_bench(commands)
     return parser
 
@@ -128,6 +129,64 @@ def _add_mesh(parser: argparse.ArgumentParser) -> None:
     )
     add("--devices", type=int, metavar="N", help="force N CPU devices")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: %(default)s")
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what would run where, whether it fits, how fast it can be",
+        description="Every sensible mesh for a model on hardware that need not be there: bytes on"
+        " each device, largest batch and context, communication, predicted speed.",
+        epilog="examples: tpjax plan llama-3.1-70b --hardware h100:8 --batch 32;"
+        " tpjax plan Qwen/Qwen3-30B-A3B --hardware l40s:4 --goal throughput --json",
+    )
+    add = parser.add_argument
+    add(
+        "model", metavar="MODEL", help="a published model's name, a folder, a config.json, a hub id"
+    )
+    add(
+        "--hardware",
+        default="h100:8",
+        metavar="CHIP:N",
+        help="h100:8, h100:8x4; default: %(default)s",
+    )
+    add("--hardware-file", metavar="FILE", help="chips of your own, a TOML file")
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="positions of each sequence; default: the model's, at most 8192",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="sequences at once; default: %(default)s")
+    add(
+        "--prompt",
+        type=int,
+        default=512,
+        metavar="N",
+        help="of the first token's time; default: %(default)s",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "int8", "float8"),
+        help="of the weights; default: the checkpoint's",
+    )
+    add(
+        "--kv-dtype",
+        choices=("bfloat16", "float16", "float32", "int8", "float8"),
+        help="of the cache",
+    )
+    for axis in ("data", "stage", "expert", "tensor"):
+        add(f"--{axis}", type=int, metavar="N", help="only meshes with this size of the axis")
+    add(
+        "--goal",
+        choices=("latency", "throughput", "memory"),
+        default="latency",
+        help="what to rank by; default: %(default)s",
+    )
+    add("--explain", action="store_true", help="a line for every weight, of the best mesh")
+    add("--markdown", action="store_true", help="tables as markdown")
+    add("--json", action="store_true", help="one JSON object")
+    add_common(parser, "tpjax.planner.command:plan")
 
 
 def _add_bench(commands) -> None:

@@ -10,6 +10,10 @@ import numpy as np
 from tpjax.errors import UsageError
 
 MAX_LOGPROBS = 20
+# What a device is told of every sequence, an int32 each; then its stop ids.
+WORDS = "token position remaining seed_high seed_low temperature top_k top_p min_p logprobs".split()
+DEVICE_STOP_IDS = 8  # more than these are honoured too, on the host
+COLUMNS = len(WORDS) + DEVICE_STOP_IDS
 
 _RENAMED = {
     "max_new_tokens": "max_tokens",

@@ -1,6 +1,6 @@
 """Plan: how a model runs on these devices. Mesh, rules and the way sums are made, in one value."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jax
@@ -10,8 +10,9 @@ from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.parallel import mesh as meshes
 from tpjax.parallel.collectives import SUMS
-from tpjax.parallel.dims import Dim, Heads, place_heads
-from tpjax.parallel.rules import MeshAxes, Rules
+from tpjax.parallel.dims import Dim, Heads, MeshAxes
+from tpjax.parallel.layout import Layout, Unsplit
+from tpjax.parallel.rules import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Plan:
     mesh: Mesh
     rules: Rules = field(default_factory=Rules)
     sum_algorithm: str = "xla"
+    unsplit: Unsplit = ()  # modules in which some logical axes are whole
 
     def __post_init__(self):
         if self.sum_algorithm not in SUMS:
@@ -28,23 +30,33 @@ class Plan:
             raise UsageError(f"sum_algorithm={self.sum_algorithm!r}: known are {known}")
 
     def fit(self, config: ModelConfig) -> "Plan":
-        """This plan on the mesh that suits the model (see `tpjax.parallel.mesh.fit`)."""
-        mesh, heads = meshes.fit(self.mesh, config)
-        rules = self.rules
-        usual = Rules()
-        if (rules.heads, rules.kv_heads) == (usual.heads, usual.kv_heads):  # nobody has decided
-            rules = replace(rules, kv_heads=heads.kv, heads=heads.kv + heads.copies)
-        return replace(self, mesh=mesh, rules=rules)
+        """This plan on the mesh that suits the model (see `Layout.fit`)."""
+        layout = self.layout.fit(config)
+        mesh = self.mesh
+        if layout.sizes != self.layout.sizes:
+            mesh = meshes.reshaped(mesh, layout.sizes)
+        return replace(self, mesh=mesh, rules=layout.rules)
+
+    def at(self, path: str) -> "Plan":
+        """The plan of one module, or of a weight in it."""
+        layout = self.layout.at(path)
+        return self if layout is self.layout else replace(self, rules=layout.rules, unsplit=())
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What this plan is without devices."""
+        meshes.check_axes(self.mesh)
+        return Layout(tuple(self.mesh.shape.values()), self.rules, self.unsplit)
 
     @property
     def data(self) -> int:
         """Replicas of the model that share the batch."""
-        return self.mesh.shape["data"]
+        return self.layout.data
 
     @property
     def tensor_degree(self) -> int:
         """Devices one replica is spread over."""
-        return meshes.tensor_degree(self.mesh)
+        return self.layout.tensor_degree
 
     @property
     def platform(self) -> str:
@@ -52,45 +64,29 @@ class Plan:
         platform: str = self.mesh.devices.flat[0].platform
         return "gpu" if platform in ("cuda", "rocm") else platform
 
-    @cached_property
-    def _splitting(self) -> Rules:
-        """The rules without mesh axes of size one, over which XLA would still emit collectives."""
-
-        def real(names: MeshAxes) -> MeshAxes:
-            return tuple(name for name in names if self.mesh.shape[name] > 1)
-
-        return Rules(**{f.name: real(getattr(self.rules, f.name)) for f in fields(Rules)})
-
     def mesh_axes(self, axis: str | None) -> MeshAxes:
         """The mesh axes a logical axis really is split over."""
-        return self._splitting.mesh_axes(axis)
+        return self.layout.mesh_axes(axis)
 
     def shards(self, axis: str | None) -> int:
         """Into how many pieces a logical axis is split."""
-        n = 1
-        for name in self.mesh_axes(axis):
-            n *= self.mesh.shape[name]
-        return n
+        return self.layout.shards(axis)
 
     def dim(self, axis: str, size: int) -> Dim:
         """A dimension of ``size`` elements, padded at its end so that the axis splits evenly."""
-        n = self.shards(axis)
-        return Dim(axis, size, -(-size // n) * n)
+        return self.layout.dim(axis, size)
 
     def heads(self, config: ModelConfig) -> Heads:
-        """Which head is where (see `tpjax.parallel.dims.place_heads`)."""
-        shards = self.shards("kv_heads")
-        copies = self.shards("heads") // shards
-        return place_heads(config.heads, config.kv_heads, shards, copies)
+        """Which head is where."""
+        return self.layout.heads(config)
 
     @property
     def sharing(self) -> MeshAxes:
         """The mesh axes along which devices hold the same key/value heads."""
-        kv = self.mesh_axes("kv_heads")
-        return tuple(a for a in self.mesh_axes("heads") if a not in kv)
+        return self.layout.sharing
 
     def spec(self, *axes: str | None, partial: MeshAxes = ()) -> PartitionSpec:
-        return self._splitting.spec(*axes, partial=partial)
+        return self.layout.splitting.spec(*axes, partial=partial)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(*axes))

@@ -7,15 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax.ops.sample import Rows
-from tpjax.params import Row, SamplingParams
+from tpjax.params import COLUMNS, DEVICE_STOP_IDS, WORDS, Row, SamplingParams
 
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less would overflow
-DEVICE_STOP_IDS = 8  # more than these are honoured too, on the host
-_WORDS = (
-    "token position remaining seed_high seed_low temperature top_k top_p min_p logprobs".split()
-)
-_COLUMN = {word: i for i, word in enumerate(_WORDS)}
-COLUMNS = len(_WORDS) + DEVICE_STOP_IDS
+_COLUMN = {word: i for i, word in enumerate(WORDS)}
 
 
 _NOBODY = SamplingParams(temperature=0.0)
@@ -24,7 +19,7 @@ _NOBODY = SamplingParams(temperature=0.0)
 def pack(rows: Sequence[Row | None]) -> np.ndarray:
     """Int32 ``[B, COLUMNS]``: everything one dispatch needs to know, in one upload."""
     packed = np.zeros((len(rows), COLUMNS), np.int32)
-    packed[:, len(_WORDS) :] = -1
+    packed[:, len(WORDS) :] = -1
     for out, row in zip(packed, rows, strict=True):
         p = row.params if row else _NOBODY
         reals = {
@@ -43,7 +38,7 @@ def pack(rows: Sequence[Row | None]) -> np.ndarray:
         seed = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32)
         out[_COLUMN["seed_high"] : _COLUMN["seed_low"] + 1] = seed.view(np.int32)
         stop = row.stop_ids[:DEVICE_STOP_IDS]
-        out[len(_WORDS) : len(_WORDS) + len(stop)] = stop
+        out[len(WORDS) : len(WORDS) + len(stop)] = stop
     return packed
 
 
@@ -67,5 +62,5 @@ def unpack(packed_BC: jax.Array) -> Rows:
         top_p_B=real("top_p"),
         min_p_B=real("min_p"),
         logprobs_B=whole("logprobs"),
-        stop_BE=packed_BC[:, len(_WORDS) :],
+        stop_BE=packed_BC[:, len(WORDS) :],
     )

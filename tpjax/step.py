@@ -63,7 +63,7 @@ def _append(
 
 
 def _draw(table: WeightTable, model, x_B1D: jax.Array, rows: Rows) -> Drawn:
-    plan = table.plan
+    plan = model.head_plan
     logits_B1V = model.logits(x_B1D)
     shape = (logits_B1V.shape[0], logits_B1V.shape[2])
     logits_BV = plan.reshape(logits_B1V, shape, "batch", "vocab")
@@ -117,8 +117,11 @@ def insert(table: WeightTable, cache: KVCache, one: KVCache, slot_D: jax.Array) 
     """Copy the sequences of ``one``, a cache of a single row per replica, into row ``slot`` of each
     replica's part of ``cache``; a negative slot copies nothing."""
     slot_D = jax.reshard(slot_D, table.plan.spec("batch"))
-    copy = functools.partial(insert_row, table.plan, slot_D=slot_D)
-    return jax.tree.map(copy, cache, one)
+    layers = []
+    for n, (held, new) in enumerate(zip(cache.layers, one.layers, strict=True)):
+        copy = functools.partial(insert_row, table.plan.at(f"blocks.{n}.attn"), slot_D=slot_D)
+        layers.append(jax.tree.map(copy, held, new))
+    return KVCache(tuple(layers))
 
 
 def score(

@@ -69,11 +69,12 @@ class WeightTable:
     def _spec(self, path, leaf) -> WeightSpec:
         dims: tuple[Dim, ...] = tuple(leaf.get_metadata()["dims"])
         cut = [bool(self.plan.rules.mesh_axes(dim.axis)) for dim in dims]
+        name = ".".join(map(str, path))
         return WeightSpec(
-            path=".".join(map(str, path)),
+            path=name,
             dims=dims,
             dtype=np.dtype(leaf.dtype),
-            sharding=self.plan.sharding(*(dim.axis for dim in dims)),
+            sharding=self.plan.at(name).sharding(*(dim.axis for dim in dims)),
             split=cut.index(True) if any(cut) else None,
             split_inside=cut[1:].index(True) if any(cut[1:]) else None,
         )

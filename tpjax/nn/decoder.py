@@ -29,11 +29,12 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, plan: Plan, layer: int):
         self.place = config.norm_place
         self.attn_norm, self.mlp_norm = norm(config), norm(config)
-        self.attn = Attention(config, plan, layer)
+        module = f"blocks.{layer}"
+        self.attn = Attention(config, plan.at(f"{module}.attn"), layer)
         if config.is_sparse(layer):
-            self.moe = MoE(config, plan)
+            self.moe = MoE(config, plan.at(f"{module}.moe"))
         else:
-            self.mlp = MLP(config, plan)
+            self.mlp = MLP(config, plan.at(f"{module}.mlp"))
         if self.place == "around":
             self.post_attn_norm, self.post_mlp_norm = norm(config), norm(config)
 
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
         self.config, self.plan = config, plan
         D, width = plan.dim("embed", config.embed), config.embed_in or config.embed
         W = plan.dim("embed", width)
-        self.embed = Embed(config.vocab, width, plan=plan, dtype=config.dtype)
+        self.embed = Embed(config.vocab, width, plan=plan.at("embed"), dtype=config.dtype)
         if config.learned_positions:
             rows = Dim(None, config.learned_positions, config.learned_positions)
             self.positions = weight((rows, D), config.dtype)
@@ -71,7 +72,13 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, plan, n) for n in range(config.layers)])
         self.norm = norm(config) if config.final_norm else None
         if not config.tie_embeddings:
-            self.head = weight((plan.dim("vocab", config.vocab), W), config.dtype)
+            rows = self.head_plan.dim("vocab", config.vocab)
+            self.head = weight((rows, W), config.dtype)
+
+    @property
+    def head_plan(self) -> Plan:
+        """How logits are split: as the table that makes them."""
+        return self.plan.at("embed" if self.config.tie_embeddings else "head")
 
     def __call__(
         self,
@@ -125,7 +132,7 @@ class Decoder(nnx.Module):
         if self.config.embed_in:
             x_BTD = self.project_out(x_BTD)
         table = self.embed.w if self.config.tie_embeddings else self.head
-        logits_BTV = linear(self.plan, x_BTD, value(table), "vocab", "embed")
+        logits_BTV = linear(self.head_plan, x_BTD, value(table), "vocab", "embed")
         if cap := self.config.final_softcap:
             logits_BTV = jnp.tanh(logits_BTV / cap) * cap
         return logits_BTV

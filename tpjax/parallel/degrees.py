@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from tpjax.config import ModelConfig
+from tpjax.errors import UsageError
 from tpjax.parallel.dims import MeshAxes, place_heads
 
 AXES = ("data", "expert", "tensor", "rep")
@@ -63,6 +64,14 @@ def refusal(config: ModelConfig, expert: int, tensor: int, rep: int) -> str | No
     if degree > config.heads:
         return f"{degree} devices are more than heads={config.heads}"
     return None
+
+
+def fitted(config: ModelConfig, expert: int, tensor: int, rep: int) -> Spread:
+    """The best way to hold the heads. Raises UsageError for axes that make no sense, with the
+    nearest ones that do."""
+    if why := refusal(config, expert, tensor, rep):
+        raise UsageError(f"{why}: {nearest(config, expert, expert * tensor * rep)}")
+    return spread(config, expert, tensor, rep)
 
 
 def even_degrees(config: ModelConfig, expert: int = 1) -> list[int]:

@@ -9,9 +9,8 @@ from jax.sharding import AxisType, Mesh
 
 from tpjax.config import ModelConfig
 from tpjax.errors import ResourceError, UsageError
-from tpjax.parallel.degrees import AXES, Spread, even_degrees, nearest, refusal, spread, words
-from tpjax.parallel.dims import Heads
-from tpjax.parallel.rules import MeshAxes
+from tpjax.parallel.degrees import AXES, even_degrees, words
+from tpjax.parallel.dims import Heads, MeshAxes
 
 
 def make_mesh(data: int = 1, tensor: int = 1, rep: int = 1, expert: int = 1, devices=None) -> Mesh:
@@ -63,19 +62,10 @@ def largest_degree(config: ModelConfig, replicas: int = 1, expert: int = 1) -> t
     return max((d for d in even_degrees(config, expert) if d <= each), default=1), each
 
 
-def fit(mesh: Mesh, config: ModelConfig) -> tuple[Mesh, Spread]:
-    """The mesh this model runs on, and how it holds the heads: the given one, with ``tensor`` split
-    into ``tensor`` x ``rep`` where that puts fewer heads on each device.
-
-    Raises UsageError naming the numbers that disagree and the nearest degrees that work.
-    """
-    check_axes(mesh)
-    data, expert, tensor, rep = (mesh.shape[a] for a in AXES)
-    if why := refusal(config, expert, tensor, rep):
-        raise UsageError(f"{why}: {nearest(config, expert, expert * tensor * rep)}")
-    best = spread(config, expert, tensor, rep)
-    grid = mesh.devices.reshape(data, expert, best.tensor, best.rep)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES)), best
+def reshaped(mesh: Mesh, sizes: Sequence[int]) -> Mesh:
+    """The same devices in the same order, on axes of other sizes."""
+    grid = mesh.devices.reshape(tuple(sizes))
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def picture(mesh: Mesh, heads: Heads, sharing: MeshAxes) -> str:

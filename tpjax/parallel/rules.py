@@ -1,10 +1,12 @@
 """Logical axis -> mesh axes: the one table that decides how everything is split."""
 
 from dataclasses import dataclass, fields
-
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from typing import TYPE_CHECKING
 
 from tpjax.parallel.dims import MeshAxes
+
+if TYPE_CHECKING:  # the planner reads the table without jax
+    from jax.sharding import PartitionSpec, Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +30,14 @@ class Rules:
             raise KeyError(f"no rule for logical axis {axis!r}: add it to Rules")
         return getattr(self, axis)
 
-    def spec(self, *axes: str | None, partial: MeshAxes = ()) -> PartitionSpec:
+    def spec(self, *axes: str | None, partial: MeshAxes = ()) -> "PartitionSpec":
         """The PartitionSpec of an array with these logical axes.
 
         ``partial`` names mesh axes over which the array still is a sum to be made. Raises
         ValueError when one mesh axis would split two axes of the same array.
         """
+        from jax.sharding import PartitionSpec
+
         per_axis = [self.mesh_axes(axis) for axis in axes]
         used = [name for names in per_axis for name in names] + list(partial)
         twice = {name for name in used if used.count(name) > 1}
@@ -43,8 +47,10 @@ class Rules:
         return PartitionSpec(*entries, unreduced=frozenset(partial))
 
 
-def sharding_word(sharding: Sharding) -> str:
+def sharding_word(sharding: "Sharding") -> str:
     """``tensor, -``: which mesh axes split each axis of an array; ``-`` is none."""
+    from jax.sharding import NamedSharding
+
     assert isinstance(sharding, NamedSharding)
     entries = (e if isinstance(e, tuple) else (e,) for e in sharding.spec)
     return ", ".join(" x ".join(name or "-" for name in names) for names in entries) or "-"

@@ -1,0 +1,70 @@
+"""`tpjax plan`: what would run where, whether it fits and how fast it can be, before a device is
+rented. Nothing here initialises an accelerator or imports jax."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tpjax.config import DTYPES
+from tpjax.errors import UsageError
+from tpjax.planner import chips, models, report, search
+
+EIGHT_BITS = ("int8", "float8")
+DEFAULT_CONTEXT = 8192
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Plan, rank, print. Exit code 0 also where nothing fits: that is an answer."""
+    model, wish, notes = _wish(args)
+    found, refused = search.meshes(wish)
+    if not found:
+        rules = "; ".join(f"{mesh.words}: {mesh.why}" for mesh in refused)
+        raise UsageError(f"no mesh of {wish.hardware} suits {model.name}: {rules}")
+    ranked = search.rank(found, args.goal)
+    sentence = search.explained(ranked, args.goal, wish)
+    notes += [] if ranked[0].fits else ["nothing fits"]
+    if args.json:
+        told = report.document(wish, model.name, ranked, refused, sentence, notes)
+        if args.explain:
+            told["weights"] = report.weights_of(wish.config, ranked[0].layout, {})
+        print(json.dumps(told))
+        return 0
+    out = report.lines(wish, model.name, ranked, refused, sentence, notes, args.markdown)
+    if args.explain:
+        out += ["", f"weights on {ranked[0].words}", ""]
+        out += report.explanation(wish.config, ranked[0].layout, {}, args.markdown)
+    print("\n".join(out))
+    return 0
+
+
+def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str]]:
+    """What the arguments mean. Raises UsageError for numbers that make no sense."""
+    model, notes = models.find(args.model), []
+    config = model.config
+    if args.dtype in DTYPES:
+        config = replace(config, dtype=args.dtype)
+    hardware = chips.parse(args.hardware, Path(args.hardware_file) if args.hardware_file else None)
+    context = args.context or min(config.max_position, DEFAULT_CONTEXT)
+    for word in ("context", "batch", "prompt", "tensor", "data", "expert", "stage"):
+        value = getattr(args, word)
+        if value is not None and value < 1:
+            raise UsageError(f"--{word} {value}: must be 1 or more")
+    if context > config.max_position:
+        notes.append(
+            f"context {context} is beyond the {config.max_position} positions of the model"
+        )
+    axes = {a: getattr(args, a) for a in ("data", "stage", "expert", "tensor") if getattr(args, a)}
+    wish = search.Wish(
+        config=config,
+        hardware=hardware,
+        context=context,
+        batch=args.batch,
+        prompt=min(args.prompt, context),
+        weight_bytes=1 if args.dtype in EIGHT_BITS else None,
+        kv_bytes={"int8": 1, "float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}.get(
+            args.kv_dtype
+        ),
+        axes=axes,
+    )
+    return model, wish, notes

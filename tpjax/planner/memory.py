@@ -1,0 +1,129 @@
+"""Bytes on each device: weights, cache and what steps hold for a moment.
+
+Weights, cache and inputs are exact: they are what the compiled step takes as arguments. Temporaries
+are a model of what XLA:GPU does with tpjax's steps. BENCHMARKS.md, "The plan beside the compiler",
+compares both with the compiler's own numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tpjax.config import ModelConfig, itemsize
+from tpjax.parallel.layout import Layout
+from tpjax.params import COLUMNS
+from tpjax.planner.chips import Chip
+from tpjax.planner.weights import weights
+
+MIB = 1 << 20
+CHUNKS = (512, 128, 32)  # tokens per prefill call, as `tpjax.executables` has them
+CHUNK = CHUNKS[0]
+# Of a device's memory, what weights, cache and temporaries may take: jax's allocator gets 92 %
+# (`tpjax.env`), the rest is the driver's, the communication library's and the graphs'.
+USABLE = 0.92
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device."""
+
+    weights: int
+    cache: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporary
+
+
+def usable(chip: Chip) -> int:
+    """Bytes of a device that a model may take."""
+    return int(USABLE * chip.memory)
+
+
+class Footprint:
+    """One replica of a model on some devices. ``weight_bytes``, ``kv_bytes``: of an element, where
+    they are not the model's dtype; ``stage``: into how many groups of layers it is cut."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        *,
+        stage: int = 1,
+        weight_bytes: int | None = None,
+        kv_bytes: int | None = None,
+    ):
+        self.config, self.layout, self.stage = config, layout, stage
+        self.inventory = tuple(weights(config, layout, weight_bytes))
+        in_layers = sum(w.bytes_per_device for w in self.inventory if w.path.startswith("blocks."))
+        self.ends = sum(w.bytes_per_device for w in self.inventory) - in_layers
+        self.layers = -(-in_layers // stage)
+        size = itemsize(config.dtype)
+        self.per_token = layout.cached_per_token(config) * (kv_bytes or size) // size
+
+    def cache(self, rows: int, context: int) -> int:
+        """Keys and values of ``rows`` sequences; the context is whole chunks."""
+        return -(-rows * positions(context) * self.per_token // self.stage)
+
+    def memory(self, rows: int, context: int) -> Memory:
+        """With ``rows`` sequences of ``context`` positions: those that are decoded and, if they are
+        several, one more that is being prefilled."""
+        return Memory(
+            weights=self.ends + self.layers,
+            cache=self.cache(rows + (rows > 1), context),
+            temporary=max(
+                temporary(self.config, self.layout, rows, 1, context),
+                temporary(self.config, self.layout, 1, min(CHUNK, context), context),
+            ),
+        )
+
+    def arguments(self, rows: int, tokens: int, context: int) -> int:
+        """What a step takes: weights, cache and inputs. ``tokens``: 1 is decode."""
+        every = rows * self.layout.data
+        if tokens == 1:
+            inputs = every * COLUMNS + 1
+        else:  # a prompt's length is an input only of ropes that depend on it
+            ropes = (self.config.rope, self.config.rope_local)
+            grows = any(rope is not None and rope.grows for rope in ropes)
+            inputs = every * (tokens + 2 + grows + COLUMNS)
+        return self.ends + self.layers + self.cache(rows, context) + 4 * inputs
+
+    def most_rows(self, context: int, usable: int) -> int:
+        """The most sequences of a replica that fit."""
+        return _largest(lambda n: self.memory(n, context).total <= usable, 1 << 16)
+
+    def longest_context(self, rows: int, usable: int) -> int:
+        """The longest context at which this many sequences fit, in whole chunks; at most what the
+        model has positions for."""
+        chunks = -(-self.config.max_position // CHUNK)
+        most = _largest(lambda n: self.memory(rows, n * CHUNK).total <= usable, chunks)
+        return min(most * CHUNK, self.config.max_position)
+
+
+def positions(context: int) -> int:
+    """Cache positions for this many tokens: whole chunks of prefill."""
+    chunk = next((c for c in CHUNKS if c <= context), CHUNKS[-1])
+    return -(-context // chunk) * chunk
+
+
+def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, context: int) -> int:
+    """What a step of ``tokens`` tokens of each of ``rows`` sequences holds for a moment: the scores
+    of one layer in float32 and their shares in the model's dtype, with a few rows of activations;
+    or what the sampler makes of the logits."""
+    c, size = config, itemsize(config.dtype)
+    many = rows * tokens
+    heads = len(layout.heads(c).queries) // layout.shards("heads")
+    scores = many * heads * positions(context) * (4 + size)
+    vocab = layout.dim("vocab", c.vocab).size // layout.shards("vocab")
+    width = layout.dim("mlp", c.mlp).size // layout.shards("mlp")
+    activations = many * max(6 * c.embed, (4 + size) * width)
+    return max(scores + activations, 16 * rows * vocab) + MIB
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

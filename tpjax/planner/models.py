@@ -1,0 +1,130 @@
+"""Which model a word means: published ones by name, from the table in models.json; folders,
+config.json files and hub ids by what their config says.
+
+The table holds facts, so that planning a published model reads nothing and imports little. It is
+made from their config.json files (`tests/test_planner_models.py` says how) and held equal to them.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tpjax.config import ModelConfig, MoE
+from tpjax.errors import CheckpointError, UsageError
+from tpjax.rope import Rope
+
+TABLE = Path(__file__).with_name("models.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """``name`` as the user knows it; ``hub``: its id there, of published ones."""
+
+    name: str
+    config: ModelConfig
+    hub: str | None = None
+
+
+@cache
+def table() -> dict[str, dict]:
+    """Name -> ``hub`` and ``facts``, those of ModelConfig's fields that are not its defaults."""
+    return json.loads(TABLE.read_text())
+
+
+def known(name: str) -> Model | None:
+    """A published model by its name or its id on the hub, in any case; None if it is not one.
+    ``llama-3.1-70b`` is found where only ``llama-3.1-70b-instruct`` is listed: they have one form.
+    """
+    word = name.lower()
+    for key, entry in table().items():
+        if word in (key, key.removesuffix("-instruct"), entry["hub"].lower()):
+            return Model(key, from_facts(entry["facts"]), entry["hub"])
+    return None
+
+
+def find(name: str) -> Model:
+    """The model a word means. Raises CheckpointError or UsageError, with the nearest names."""
+    if os.path.exists(os.path.expanduser(name)) and name:
+        return _read(Path(os.path.expanduser(name)), name)
+    if model := known(name):
+        return model
+    if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
+        from tpjax.checkpoint.folder import locate
+
+        return _read(locate(name, weights=None), name)
+    names = [key.removesuffix("-instruct") for key in table()]
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    raise UsageError(
+        f"model {name!r}: no such folder or file, no hub id of the form org/name, and not in the"
+        f" table of published models; nearest: {', '.join(near or names)}"
+    )
+
+
+def _read(path: Path, name: str) -> Model:
+    from tpjax.checkpoint.folder import config_only, read_folder, with_dtype
+
+    folder = read_folder(path) if path.is_dir() else config_only(path)
+    dtype = folder.stored_dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CheckpointError(f"{path}: dtype {dtype!r} is not known here; give --dtype")
+    return Model(name, with_dtype(folder.config, dtype))
+
+
+def facts(config: ModelConfig) -> dict:
+    """What of a config is not a default, as JSON holds it. Layers as runs: [[true, 5], [false, 1]]
+    is five and one, and so on until all have one."""
+    usual = {f.name: f.default for f in fields(ModelConfig)}
+    out = {}
+    for name in usual:
+        value = getattr(config, name)
+        if value == usual[name]:
+            continue
+        if isinstance(value, Rope | MoE):
+            kind = type(value)
+            plain = {f.name: f.default for f in fields(kind)}
+            value = {k: v for k, v in asdict(value).items() if v != plain[k]}
+            if "layers" in value:
+                value["layers"] = _runs(value["layers"])
+        elif name == "local_layers":
+            value = _runs(value)
+        out[name] = value
+    return out
+
+
+def from_facts(facts: dict) -> ModelConfig:
+    """The inverse of `facts`."""
+    out = dict(facts)
+    for name in ("rope", "rope_local"):
+        if out.get(name) is not None:
+            words: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in out[name].items()
+            }
+            out[name] = Rope(**words)
+    if "moe" in out:
+        out["moe"] = MoE(**out["moe"] | {"layers": _layers(out["moe"]["layers"])})
+    if "local_layers" in out:
+        out["local_layers"] = _layers(out["local_layers"])
+    return ModelConfig(**out)
+
+
+def _runs(layers: tuple[bool, ...]) -> list[list]:
+    runs: list[list] = []
+    for value in layers:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def _layers(runs: list[list]) -> tuple[bool, ...]:
+    return tuple(value for value, count in runs for _ in range(count))
+
+
+def in_dtype(model: Model, dtype: str | None) -> Model:
+    """The same model computing in another dtype."""
+    return model if dtype is None else replace(model, config=replace(model.config, dtype=dtype))
