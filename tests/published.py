@@ -2,12 +2,12 @@
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from tpjax.checkpoint.folder import config_only, model_config, with_dtype
 from tpjax.config import ModelConfig
 from tpjax.models import Family
+from tpjax.planner.models import shortened
 
 CONFIGS = {
     file.stem: file for file in sorted((Path(__file__).parent / "data/configs").glob("*.json"))
@@ -65,16 +65,3 @@ def published(name: str, layers: int | None = None) -> ModelConfig:
     """A published model in bfloat16, whole or with ``layers`` of its layers."""
     config = with_dtype(resolved(name)[0], "bfloat16")
     return config if layers is None else shortened(config, layers)
-
-
-def shortened(config: ModelConfig, layers: int) -> ModelConfig:
-    """The first ``layers`` neighbours among which is every kind of layer that the model has."""
-    kinds = [(config.is_local(n), config.is_sparse(n)) for n in range(config.layers)]
-    for first in range(config.layers - layers + 1):
-        if set(kinds[first : first + layers]) == set(kinds):
-            break
-    else:
-        raise ValueError(f"no {layers} layers of {config.family} are of all its kinds")
-    part = slice(first, first + layers)
-    moe = config.moe and replace(config.moe, layers=config.moe.layers[part])
-    return replace(config, layers=layers, local_layers=config.local_layers[part], moe=moe)

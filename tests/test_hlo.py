@@ -1,50 +1,45 @@
 """What the compiled programs hold: collectives, copies, memory; on CPU meshes and for 8 H100s."""
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tests import h100
-from tests.hlo import collectives, large_moves, problems
+from tests.audited import audited, steps
 from tests.published import published
+from tpjax.audit import program
 from tpjax.config import ModelConfig
-from tpjax.executables import Buckets, Executables
-from tpjax.nn import embed as embed_module
 from tpjax.parallel.mesh import make_mesh
-from tpjax.parallel.rules import Rules
 from tpjax.plan import Plan
-from tpjax.weights import WeightTable
+from tpjax.planner.memory import MIB
 
 SMALL = ModelConfig(
     family="llama", vocab=1031, embed=64, layers=3, heads=8, kv_heads=4, head_dim=8, mlp=96
 )
 
 
-def executables(config: ModelConfig, plan: Plan, context: int, rows: int) -> Executables:
-    plan = plan.fit(config)
-    return Executables(WeightTable(config, plan), Buckets.make(context, rows, plan.data))
+def kinds(text: str) -> Counter:
+    return Counter(one.kind for one in program.collectives(text, {"tensor": 8}))
 
 
 @pytest.mark.parametrize("data, tensor", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)])
 @pytest.mark.parametrize("rows", [2, 4])
 def test_decode_on_a_cpu_mesh_has_only_the_planned_collectives(data, tensor, rows):
-    exe = executables(SMALL, Plan(mesh=make_mesh(data=data, tensor=tensor)), 64, rows)
-    name = f"decode[b{rows}]"
-    assert problems(exe.lower(name).compile(), exe, name) == []
+    words = {"rows": rows, "context": 64, "data": data, "tensor": tensor}
+    assert audited(SMALL, f"decode[b{rows}]", "cpu:8", **words).findings() == []
 
 
 def test_prefill_has_the_same_sums():
-    exe = executables(SMALL, Plan(mesh=make_mesh(tensor=4)), 64, 1)
-    seen = collectives(exe.lower("prefill[t32]").compile().as_text())
-    assert seen["all-reduce"] == 2 * SMALL.layers + 1 and set(seen) <= {"all-reduce", "all-gather"}
+    assert audited(SMALL, "prefill[t32]", "cpu:4", context=64).findings() == []
 
 
 def test_the_other_sum_algorithm_is_two_halves():
-    plan = Plan(mesh=make_mesh(tensor=4), sum_algorithm="rs_ag")
-    seen = collectives(executables(SMALL, plan, 64, 1).lower("decode[b1]").compile().as_text())
+    audit = audited(SMALL, "decode[b1]", "cpu:4", context=64, sum_algorithm="rs_ag")
+    seen = kinds(audit.text)
     assert seen["all-reduce"] == 1 and seen["reduce-scatter"] == 2 * SMALL.layers
+    assert audit.findings() == []
 
 
 @pytest.mark.parametrize("data", [1, 2])
@@ -52,49 +47,25 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(data):
     """XLA's default would copy every weight to float32 on every call; see nn/linear.py. One row,
     and one row per replica, are the hard cases."""
     config = replace(SMALL, dtype="bfloat16", embed=512, mlp=2048, vocab=8192, layers=1)
-    exe = executables(config, Plan(mesh=make_mesh(data=data, tensor=2)), 64, 4)
+    exe = steps(config, "cpu:8", context=64, rows=4, data=data, tensor=2)
     smallest = config.embed * config.kv_heads * config.head_dim // 2  # elements, a key projection
     for name in (f"decode[b{data}]", "decode[b4]", "prefill[t32]"):
         compiled = exe.lower(name).compile()
         text = compiled.as_text()
         assert text.count("__ynn_fusion") >= 8, f"{name}: products outside the fast path"
-        moves = large_moves(text, 2 * smallest - 1)
-        assert [m for m in moves if " bf16[" in m or " f32[" in m] == []
+        large = [one for one in program.made(text) if one.moves and one.array.bytes >= 2 * smallest]
+        assert [one for one in large if one.array.dtype in ("bf16", "f32")] == []
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * config.vocab * config.embed // 2
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return h100.mesh(tensor=8)
-
-
-def problems_of_70b(mesh, layers: int, rules: Rules | None = None):
-    exe = h100.steps(published("llama-3.1-70b-instruct", layers), mesh, rules=rules)
-    compiled = h100.compiled(exe, "decode[b1]")
-    return problems(compiled, exe, "decode[b1]"), compiled
-
-
 @pytest.mark.slow
-def test_llama_70b_decode_for_eight_h100s(mesh):
+def test_llama_70b_decode_for_eight_h100s():
     """161 all-reduces, no copy above 1 MiB, the cache in place and next to nothing beside it:
     batch 1, context 8192, the whole model, by the real compiler."""
-    found, compiled = problems_of_70b(mesh, 80)
-    assert found == []
-    assert collectives(compiled.as_text())["all-reduce"] == 161
-
-
-def test_an_unsplit_weight_is_caught(mesh):
-    found, _ = problems_of_70b(mesh, 2, Rules(mlp=()))
-    assert any("all-reduces" in p for p in found) and any("arguments" in p for p in found)
-
-
-def test_a_gathered_table_is_caught(mesh, monkeypatch):
-    def plain_indexing(plan, table_VD, token_BT):
-        return table_VD.at[token_BT].get(out_sharding=plan.spec("batch", None, "embed"))
-
-    monkeypatch.setattr(embed_module, "lookup", plain_indexing)
-    found, _ = problems_of_70b(mesh, 2)
-    assert any("all-gather" in p or "temporary" in p for p in found), found
+    audit = audited(published("llama-3.1-70b-instruct"), "decode[b1]")
+    assert audit.findings() == []
+    assert kinds(audit.text)["all-reduce"] == 161 == len(audit.sums())
+    assert audit.memory.temp_size_in_bytes < 64 * MIB
 
 
 def test_a_sum_nobody_asked_for_is_a_type_error():

@@ -1,19 +1,19 @@
 """Steps of published models of every family, compiled for eight H100s on a machine without a GPU;
 and what reading experts costs, there and on a CPU."""
 
+import math
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tests import h100
-from tests.hlo import MIB, problems
+from tests.audited import audited
 from tests.published import published, resolved
 from tpjax.checkpoint.folder import with_dtype
 from tpjax.models import FAMILIES
 from tpjax.ops import experts, sample
-from tpjax.parallel.mesh import make_mesh
+from tpjax.planner.memory import MIB
 
 EIGHT = {"tensor": 8}
 COMPILED = {
@@ -40,20 +40,19 @@ CASES = [(name, sizes, step) for name, sizes in COMPILED.items() for step in STE
 @pytest.fixture
 def greedy(monkeypatch):
     """A sampler for greedy requests only. It knows no families, and is most of what is compiled;
-    the whole of it is in test_hlo.py and in `python -m tests.h100`."""
+    the whole of it is in test_hlo.py and in `tpjax audit`."""
     monkeypatch.setattr(sample, "_any", lambda flag_B, axes: jnp.bool_(False))
 
 
-def found_in(config, mesh, step: str, **more) -> list[str]:
-    exe = h100.steps(config, mesh, **more)
-    return problems(h100.compiled(exe, step), exe, step, greedy=True)
+def found_in(config, step: str, hardware: str = "h100:8", **more) -> list[str]:
+    return list(map(str, audited(config, step, hardware, greedy=True, **more).findings()))
 
 
 @pytest.mark.parametrize("name, sizes, step", CASES, ids=str)
 def test_compiled_for_h100s(greedy, name, sizes, step):
     """Two layers, one of each kind where there are two: two all-reduces each and the embedding's,
     the sampler's one all-gather, every byte accounted for; no weight and no expert is copied."""
-    assert found_in(published(name, 2), h100.mesh(**sizes), step) == []
+    assert found_in(published(name, 2), step, f"h100:{math.prod(sizes.values())}", **sizes) == []
 
 
 def test_every_family_is_compiled():
@@ -70,8 +69,8 @@ def test_an_expert_copied_on_a_gpu_is_caught(greedy, monkeypatch):
         return pairs(x_RD, experts.Experts(router_ED, *chosen), expert_RX, *more)
 
     monkeypatch.setattr(experts, "_pairs", copied_first)
-    found = found_in(published("mixtral-8x7b-v0.1", 2), h100.mesh(tensor=8), "decode[b1]")
-    assert any("beside an expert" in p for p in found), found
+    found = found_in(published("mixtral-8x7b-v0.1", 2), "decode[b1]")
+    assert any("an expert has" in p for p in found), found
 
 
 # --- experts on a CPU
@@ -88,17 +87,17 @@ def scaled_down(dtype: str):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_on_a_cpu_are_read_where_they_are(greedy, dtype):
-    assert found_in(scaled_down(dtype), make_mesh(), "decode[b1]", context=512) == []
+    assert found_in(scaled_down(dtype), "decode[b1]", "cpu:1", context=512) == []
 
 
 def test_an_expert_copied_on_a_cpu_is_caught(greedy, monkeypatch):
     config = scaled_down("float32")
     monkeypatch.setattr(experts, "TILE", 1 << 30)
-    found = found_in(config, make_mesh(), "decode[b1]", context=512)
-    assert any("beside an expert" in p for p in found), found
+    found = found_in(config, "decode[b1]", "cpu:1", context=512)
+    assert any("an expert has" in p for p in found), found
 
 
 def test_experts_widened_on_a_cpu_are_caught(greedy, monkeypatch):
     monkeypatch.setattr(experts, "_slice_of_bits", jax.lax.dynamic_slice)
-    found = found_in(scaled_down("bfloat16"), make_mesh(), "decode[b1]", context=512)
-    assert any("beside an expert" in p for p in found), found
+    found = found_in(scaled_down("bfloat16"), "decode[b1]", "cpu:1", context=512)
+    assert any("an expert has" in p for p in found), found

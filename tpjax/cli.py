@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_generate(commands)
     _add_plan(commands)
+    _add_audit(commands)
     _add_bench(commands)
     return parser
 
@@ -187,6 +188,32 @@ def _add_plan(commands) -> None:
     add("--markdown", action="store_true", help="tables as markdown")
     add("--json", action="store_true", help="one JSON object")
     add_common(parser, "tpjax.planner.command:plan")
+
+
+def _add_audit(commands) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="compile the real step for a target and hold it against its plan",
+        description="Compile a model's prefill and decode for hardware that need not be there, and"
+        " compare collectives, bytes and copies with what the plan states. Exit code 1 and the"
+        " culprit's name where they differ.",
+        epilog="examples: tpjax audit llama-3.1-70b --hardware h100:8;"
+        " tpjax audit mixtral-8x7b-v0.1 --hardware cpu:8 --expert 8 --layers 2 --json",
+    )
+    add = parser.add_argument
+    add(
+        "model", metavar="MODEL", help="a published model's name, a folder, a config.json, a hub id"
+    )
+    add("--hardware", default="h100:8", metavar="CHIP:N", help="h100:8, h100:8x2, cpu:8, v5e:8")
+    for axis in ("data", "expert", "tensor"):
+        add(f"--{axis}", type=int, metavar="N", help="of the mesh; tensor takes what is left")
+    add("--step", choices=("decode", "prefill"), help="default: both")
+    add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
+    add("--context", type=int, metavar="N", help="default: the model's, at most 8192")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    add("--layers", type=int, metavar="N", help="only so many layers, of every kind")
+    add("--json", action="store_true", help="one JSON object")
+    add_common(parser, "tpjax.audit.command:audit")
 
 
 def _add_bench(commands) -> None:

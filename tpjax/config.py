@@ -21,6 +21,11 @@ class MoE:
     shared_mlp: int = 0  # width of the expert every token goes to, behind a gate of its own
     layers: tuple[bool, ...] = ()  # which layers have experts
 
+    def pair_by_pair(self, rows: int, experts: int) -> bool:
+        """Whether an accelerator that has this many of the experts multiplies every row with its
+        own experts, or rows of one expert together (see `tpjax.ops.experts`)."""
+        return rows == 1 or rows * self.per_token <= experts
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -67,7 +67,8 @@ def _draw(table: WeightTable, model, x_B1D: jax.Array, rows: Rows) -> Drawn:
     logits_B1V = model.logits(x_B1D)
     shape = (logits_B1V.shape[0], logits_B1V.shape[2])
     logits_BV = plan.reshape(logits_B1V, shape, "batch", "vocab")
-    return sample(plan, table.config.vocab, logits_BV, rows)
+    with jax.named_scope("sampler"):
+        return sample(plan, table.config.vocab, logits_BV, rows)
 
 
 def decode_many(

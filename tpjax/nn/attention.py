@@ -41,18 +41,24 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, rope: CosSin | None, cache: LayerCache, position_BT: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        q_BTNH = self.split(self.q(x_BTD), "heads")
-        k_BTKH = self.split(self.k(x_BTD), "kv_heads")
-        v_BTKH = self.split(self.v(x_BTD), "kv_heads")
+        with jax.named_scope("q"):
+            q_BTNH = self.split(self.q(x_BTD), "heads")
+        with jax.named_scope("k"):
+            k_BTKH = self.split(self.k(x_BTD), "kv_heads")
+        with jax.named_scope("v"):
+            v_BTKH = self.split(self.v(x_BTD), "kv_heads")
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
-        o_BTNH, cache = cached_attention(
-            self.plan, q_BTNH, k_BTKH, v_BTKH, cache, position_BT, self.scores
-        )
+        with jax.named_scope("cache"):
+            o_BTNH, cache = cached_attention(
+                self.plan, q_BTNH, k_BTKH, v_BTKH, cache, position_BT, self.scores
+            )
         B, T, N, H = o_BTNH.shape
-        return self.o(self.plan.reshape(o_BTNH, (B, T, N * H), "batch", None, "heads")), cache
+        with jax.named_scope("o"):
+            x_BTD = self.o(self.plan.reshape(o_BTNH, (B, T, N * H), "batch", None, "heads"))
+        return x_BTD, cache
 
     def split(self, x_BTF: jax.Array, axis: str) -> jax.Array:
         """Features into heads; every device keeps the heads it has."""

@@ -27,7 +27,7 @@ class Block(nnx.Module):
     them, around each of them, or after it was added."""
 
     def __init__(self, config: ModelConfig, plan: Plan, layer: int):
-        self.place = config.norm_place
+        self.place, self.layer = config.norm_place, layer
         self.attn_norm, self.mlp_norm = norm(config), norm(config)
         module = f"blocks.{layer}"
         self.attn = Attention(config, plan.at(f"{module}.attn"), layer)
@@ -39,19 +39,24 @@ class Block(nnx.Module):
             self.post_attn_norm, self.post_mlp_norm = norm(config), norm(config)
 
     def __call__(self, x_BTD, rope, cache, position_BT):
-        mlp = self.moe if hasattr(self, "moe") else self.mlp
+        # Scopes are paths of weights: an audit names what a compiled program does by them.
+        with jax.named_scope(f"blocks.{self.layer}.attn"):
+            normed = x_BTD if self.place == "after" else self.attn_norm(x_BTD)
+            attended, cache = self.attn(normed, rope, cache, position_BT)
+            x_BTD = self._added(x_BTD, attended, self.attn_norm, "post_attn_norm")
+        kind = "moe" if hasattr(self, "moe") else "mlp"
+        with jax.named_scope(f"blocks.{self.layer}.{kind}"):
+            normed = x_BTD if self.place == "after" else self.mlp_norm(x_BTD)
+            out_BTD = getattr(self, kind)(normed)
+            return self._added(x_BTD, out_BTD, self.mlp_norm, "post_mlp_norm"), cache
+
+    def _added(self, x_BTD, out_BTD, norm_, post: str):
+        """The stream with what a part of the block adds to it."""
         if self.place == "after":
-            attended, cache = self.attn(x_BTD, rope, cache, position_BT)
-            x_BTD = self.attn_norm(x_BTD + attended)
-            return self.mlp_norm(x_BTD + mlp(x_BTD)), cache
-        attended, cache = self.attn(self.attn_norm(x_BTD), rope, cache, position_BT)
+            return norm_(x_BTD + out_BTD)
         if self.place == "around":
-            attended = self.post_attn_norm(attended)
-        x_BTD = x_BTD + attended
-        out_BTD = mlp(self.mlp_norm(x_BTD))
-        if self.place == "around":
-            out_BTD = self.post_mlp_norm(out_BTD)
-        return x_BTD + out_BTD, cache
+            out_BTD = getattr(self, post)(out_BTD)
+        return x_BTD + out_BTD
 
 
 class Decoder(nnx.Module):
@@ -116,7 +121,8 @@ class Decoder(nnx.Module):
     def start(self, token_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         """What goes into the first block."""
         config = self.config
-        x_BTD = self.embed(token_BT)
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(token_BT)
         if config.embed_scale != 1.0:  # rounded to the dtype first, as in training
             x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
         if config.embed_in:
@@ -132,7 +138,8 @@ class Decoder(nnx.Module):
         if self.config.embed_in:
             x_BTD = self.project_out(x_BTD)
         table = self.embed.w if self.config.tie_embeddings else self.head
-        logits_BTV = linear(self.head_plan, x_BTD, value(table), "vocab", "embed")
+        with jax.named_scope("head"):
+            logits_BTV = linear(self.head_plan, x_BTD, value(table), "vocab", "embed")
         if cap := self.config.final_softcap:
             logits_BTV = jnp.tanh(logits_BTV / cap) * cap
         return logits_BTV

@@ -30,11 +30,17 @@ class MLP(nnx.Module):
         self.down = linear(D, F)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(self.hidden(x_BTD))
+        h_BTF = self.hidden(x_BTD)
+        with jax.named_scope("down"):
+            return self.down(h_BTF)
 
     def hidden(self, x_BTD: jax.Array) -> jax.Array:
         """``h_BTF``, what goes into `down`."""
         act = ACTS[self.act]
+        with jax.named_scope("up"):
+            up_BTF = self.up(x_BTD)
         if self.gate is None:
-            return act(self.up(x_BTD))
-        return act(self.gate(x_BTD)) * self.up(x_BTD)
+            return act(up_BTF)
+        with jax.named_scope("gate"):
+            gate_BTF = self.gate(x_BTD)
+        return act(gate_BTF) * up_BTF

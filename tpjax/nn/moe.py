@@ -39,7 +39,7 @@ class MoE(nnx.Module):
         weights = Experts(*map(value, (self.router, self.gate, self.up, self.down)))
         x_RD = plan.reshape(x_BTD, (B * T, D), "batch", "embed")
         act = ACTS[self.config.act]
-        y_RD = mixture(plan, x_RD, weights, moe.per_token, moe.renormalise, act, partial)
+        y_RD = mixture(plan, x_RD, weights, moe, act, partial)
         if moe.shared_mlp:
             share_BT1 = jax.nn.sigmoid(self.shared_gate(x_BTD).astype(jnp.float32))
             h_BTF = self.shared.hidden(x_BTD) * share_BT1.astype(x_BTD.dtype)

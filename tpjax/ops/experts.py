@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tpjax.config import MoE
 from tpjax.plan import Plan
 
 TILE = 1 << 20  # bytes of a weight looked at together on a CPU: what stays in a core's cache
@@ -30,8 +31,7 @@ def mixture(
     plan: Plan,
     x_RD: jax.Array,
     weights: Experts,
-    per_token: int,
-    renormalise: bool,
+    moe: MoE,
     act: Callable[[jax.Array], jax.Array],
     partial: tuple[str, ...],
 ) -> jax.Array:
@@ -44,7 +44,7 @@ def mixture(
     on_cpu = plan.platform == "cpu"
 
     def local(x_RD, weights):
-        expert_RX, share_RX = route(x_RD, weights.router_ED, per_token, renormalise)
+        expert_RX, share_RX = route(x_RD, weights.router_ED, moe.per_token, moe.renormalise)
         E = weights.gate_EFD.shape[0]
         first = jax.lax.axis_index(split) * E if split else 0
         expert_RX = expert_RX - first
@@ -52,7 +52,7 @@ def mixture(
         # Few pairs: each reads its expert, in one fused kernel per product. Many: rows of one
         # expert are multiplied together. A CPU has no such kernels and always does the latter.
         R = x_RD.shape[0]
-        few = not on_cpu and (R == 1 or R * per_token <= E)
+        few = not on_cpu and moe.pair_by_pair(R, E)
         run = _pairs if few else _Blocks(on_cpu)
         return run(x_RD, weights, expert_RX, mine_RX, share_RX, act)
 

@@ -117,7 +117,19 @@ def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, conte
     vocab = layout.dim("vocab", c.vocab).size // layout.shards("vocab")
     width = layout.dim("mlp", c.mlp).size // layout.shards("mlp")
     activations = many * max(6 * c.embed, (4 + size) * width)
-    return max(scores + activations, 16 * rows * vocab) + MIB
+    return max(scores + activations, 16 * rows * vocab) + _of_experts(c, layout, many) + MIB
+
+
+def _of_experts(config: ModelConfig, layout: Layout, rows: int) -> int:
+    """Two matrices of an expert, where its rows are multiplied together: they are cut out first."""
+    moe = config.moe
+    if moe is None:
+        return 0
+    here = next(layout.at(f"blocks.{n}.moe") for n in range(config.layers) if config.is_sparse(n))
+    experts, width = here.dim("experts", moe.experts), here.dim("expert_mlp", moe.mlp)
+    if moe.pair_by_pair(rows, experts.size // here.shards("experts")):
+        return 0
+    return 2 * width.size // here.shards("expert_mlp") * config.embed * itemsize(config.dtype)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

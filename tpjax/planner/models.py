@@ -125,6 +125,16 @@ def _layers(runs: list[list]) -> tuple[bool, ...]:
     return tuple(value for value, count in runs for _ in range(count))
 
 
-def in_dtype(model: Model, dtype: str | None) -> Model:
-    """The same model computing in another dtype."""
-    return model if dtype is None else replace(model, config=replace(model.config, dtype=dtype))
+def shortened(config: ModelConfig, layers: int) -> ModelConfig:
+    """The first ``layers`` neighbours among which is every kind of layer that the model has."""
+    kinds = [(config.is_local(n), config.is_sparse(n)) for n in range(config.layers)]
+    for first in range(config.layers - layers + 1):
+        if set(kinds[first : first + layers]) == set(kinds):
+            break
+    else:
+        raise UsageError(
+            f"--layers {layers}: no {layers} of {config.layers} layers are of all kinds"
+        )
+    part = slice(first, first + layers)
+    moe = config.moe and replace(config.moe, layers=config.moe.layers[part])
+    return replace(config, layers=layers, local_layers=config.local_layers[part], moe=moe)
