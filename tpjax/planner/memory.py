@@ -108,16 +108,19 @@ def positions(context: int) -> int:
 
 def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, context: int) -> int:
     """What a step of ``tokens`` tokens of each of ``rows`` sequences holds for a moment: the scores
-    of one layer in float32 and their shares in the model's dtype, with a few rows of activations;
-    or what the sampler makes of the logits."""
+    of one layer in float32 and their shares in the model's dtype, or what its MLP makes, with the
+    stream they come from; or what the sampler makes of the logits."""
     c, size = config, itemsize(config.dtype)
     many = rows * tokens
     heads = len(layout.heads(c).queries) // layout.shards("heads")
     scores = many * heads * positions(context) * (4 + size)
     vocab = layout.dim("vocab", c.vocab).size // layout.shards("vocab")
     width = layout.dim("mlp", c.mlp).size // layout.shards("mlp")
-    activations = many * max(6 * c.embed, (4 + size) * width)
-    return max(scores + activations, 16 * rows * vocab) + _of_experts(c, layout, many) + MIB
+    # The residual stream and, of several devices, a partial sum in float32.
+    stream = many * c.embed * (2 * size if layout.tensor_degree == 1 else 2 * size + 3)
+    inside = many * width * (4 + size)
+    sampled = 16 * rows * vocab
+    return max(scores + stream, stream + inside, sampled) + _of_experts(c, layout, many) + MIB
 
 
 def _of_experts(config: ModelConfig, layout: Layout, rows: int) -> int:
