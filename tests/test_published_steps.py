@@ -1,40 +1,23 @@
 """Steps of published models of every family, compiled for eight H100s on a machine without a GPU;
 and what reading experts costs, there and on a CPU."""
 
-import math
+import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests import budgets
 from tests.audited import audited
+from tests.budgets import CASES
 from tests.published import published, resolved
 from tpjax.checkpoint.folder import with_dtype
 from tpjax.models import FAMILIES
 from tpjax.ops import experts, sample
 from tpjax.planner.memory import MIB
 
-EIGHT = {"tensor": 8}
-COMPILED = {
-    "llama-3.2-3b": EIGHT,
-    "mistral-7b-v0.1": EIGHT,
-    "mixtral-8x7b-v0.1": EIGHT,
-    "qwen2.5-7b-instruct": EIGHT,  # 28 heads: padded
-    "qwen1.5-moe-a2.7b": EIGHT,
-    "qwen3-8b": EIGHT,
-    "qwen3-30b-a3b": EIGHT,
-    "gemma-2b": EIGHT,
-    "gemma-2-9b-it": EIGHT,
-    "gemma-3-1b-it": {"tensor": 4},  # it has four heads
-    "phi-3-mini-4k": EIGHT,
-    "opt-125m": EIGHT,  # 12 heads: padded
-}
-STEPS = ("decode[b1]", "prefill[t512]")
-CASES = [(name, sizes, step) for name, sizes in COMPILED.items() for step in STEPS] + [
-    ("mixtral-8x7b-v0.1", {"expert": 8}, "decode[b1]"),
-    ("llama-3.2-3b", {"tensor": 5}, "decode[b1]"),
-]
+BUDGETS = json.loads(budgets.FILE.read_text())
 
 
 @pytest.fixture
@@ -50,13 +33,26 @@ def found_in(config, step: str, hardware: str = "h100:8", **more) -> list[str]:
 
 @pytest.mark.parametrize("name, sizes, step", CASES, ids=str)
 def test_compiled_for_h100s(greedy, name, sizes, step):
-    """Two layers, one of each kind where there are two: two all-reduces each and the embedding's,
-    the sampler's one all-gather, every byte accounted for; no weight and no expert is copied."""
-    assert found_in(published(name, 2), step, f"h100:{math.prod(sizes.values())}", **sizes) == []
+    """Two layers, one of each kind where there are two: as their plan states (two all-reduces each
+    and the embedding's, every byte accounted for, no weight moved), and within its budget."""
+    audit, costs = budgets.audit(name, sizes, step)
+    assert audit.findings() == []
+    assert budgets.within(costs, BUDGETS[budgets.key(name, sizes, step)]) == []
 
 
 def test_every_family_is_compiled():
-    assert {resolved(name)[0].family for name in COMPILED} == FAMILIES.keys() - {"gemma3"}
+    names = budgets.MODELS
+    assert {resolved(name)[0].family for name in names} == FAMILIES.keys() - {"gemma3"}
+
+
+def test_more_than_the_budget_is_told():
+    budget = next(iter(BUDGETS.values()))
+    more = json.loads(json.dumps(budget))
+    assert budgets.within(more, budget) == []
+    more["temporary"] *= 2
+    more["launches"]["kernels"] += 1
+    more["collectives"]["all-reduce"] += 1
+    assert len(budgets.within(more, budget)) == 3
 
 
 def test_an_expert_copied_on_a_gpu_is_caught(greedy, monkeypatch):

@@ -184,10 +184,18 @@ def _add_plan(commands) -> None:
         default="latency",
         help="what to rank by; default: %(default)s",
     )
+    _add_patterns(parser)
     add("--explain", action="store_true", help="a line for every weight, of the best mesh")
     add("--markdown", action="store_true", help="tables as markdown")
     add("--json", action="store_true", help="one JSON object")
     add_common(parser, "tpjax.planner.command:plan")
+
+
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--plan", metavar="FILE", help="patterns of weights and their axes, TOML or JSON")
+    allowed = "a weight, or a pattern, that --plan may leave whole though it is large; repeatable"
+    add("--allow", action="append", default=[], metavar="WEIGHT", help=allowed)
 
 
 def _add_audit(commands) -> None:
@@ -211,6 +219,7 @@ def _add_audit(commands) -> None:
     add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
     add("--context", type=int, metavar="N", help="default: the model's, at most 8192")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    _add_patterns(parser)
     add("--layers", type=int, metavar="N", help="only so many layers, of every kind")
     add("--json", action="store_true", help="one JSON object")
     add_common(parser, "tpjax.audit.command:audit")

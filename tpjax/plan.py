@@ -1,5 +1,6 @@
 """Plan: how a model runs on these devices. Mesh, rules and the way sums are made, in one value."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from tpjax.parallel.collectives import SUMS
 from tpjax.parallel.dims import Dim, Heads, MeshAxes
 from tpjax.parallel.layout import Layout, Unsplit
 from tpjax.parallel.rules import Rules
+from tpjax.patterns import Patterns, decide, normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +25,38 @@ class Plan:
     rules: Rules = field(default_factory=Rules)
     sum_algorithm: str = "xla"
     unsplit: Unsplit = ()  # modules in which some logical axes are whole
+    patterns: Patterns = ()  # which decide that, once a model is there
+    allow: tuple[str, ...] = ()  # weights that they may leave whole though they are large
 
     def __post_init__(self):
         if self.sum_algorithm not in SUMS:
             known = ", ".join(SUMS)
             raise UsageError(f"sum_algorithm={self.sum_algorithm!r}: known are {known}")
 
+    @classmethod
+    def from_patterns(
+        cls,
+        patterns: Mapping[str, Sequence[str | None] | str],
+        *,
+        mesh: Mesh | None = None,
+        allow: Sequence[str] = (),
+    ) -> "Plan":
+        """A plan whose patterns say what is split: ``{"blocks.*.attn.q": ("embed", "tensor")}``, or
+        transformers' ``base_model_tp_plan`` (see `tpjax.patterns`); by default over all devices.
+        Whether they suit a model is checked when it is known."""
+        mesh = mesh or meshes.make_mesh(tensor=len(jax.devices()))
+        return cls(mesh=mesh, patterns=normal(patterns), allow=tuple(allow))
+
     def fit(self, config: ModelConfig) -> "Plan":
-        """This plan on the mesh that suits the model (see `Layout.fit`)."""
+        """This plan on the mesh that suits the model (see `Layout.fit`), with what its patterns
+        leave whole. Raises UsageError where patterns and model do not agree."""
         layout = self.layout.fit(config)
+        if self.patterns:
+            layout = decide(config, layout, self.patterns, self.allow).applied(layout)
         mesh = self.mesh
         if layout.sizes != self.layout.sizes:
             mesh = meshes.reshaped(mesh, layout.sizes)
-        return replace(self, mesh=mesh, rules=layout.rules)
+        return replace(self, mesh=mesh, rules=layout.rules, unsplit=layout.unsplit)
 
     def at(self, path: str) -> "Plan":
         """The plan of one module, or of a weight in it."""

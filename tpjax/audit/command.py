@@ -7,7 +7,9 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 
+from tpjax import patterns
 from tpjax.audit import targets
 from tpjax.audit.kernels import Launches, compiled_with_launches
 from tpjax.audit.verdict import Audit, Finding
@@ -35,7 +37,9 @@ def audit(args: argparse.Namespace) -> int:
     from tpjax.audit import steps
 
     context = args.context or min(config.max_position, 8192)
-    exe = steps.executables(config, devices, sizes, args.batch, context)
+    plan = patterns.read(Path(args.plan)) if args.plan else ()
+    allow = tuple(args.allow)
+    exe = steps.executables(config, devices, sizes, args.batch, context, plan, allow)
     reports = []
     for name in steps.names(exe, args.step, args.batch):
         if not args.quiet:

@@ -4,15 +4,23 @@ from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.executables import Buckets, Executables
 from tpjax.parallel.mesh import make_mesh
+from tpjax.patterns import Patterns
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
 
 def executables(
-    config: ModelConfig, devices: list, sizes: dict[str, int], batch: int, context: int
+    config: ModelConfig,
+    devices: list,
+    sizes: dict[str, int],
+    batch: int,
+    context: int,
+    patterns: Patterns = (),
+    allow: tuple[str, ...] = (),
 ) -> Executables:
     """The model's steps on a mesh of these sizes, with ``batch`` sequences at most."""
-    plan = Plan(mesh=make_mesh(**sizes, devices=devices)).fit(config)
+    mesh = make_mesh(**sizes, devices=devices)
+    plan = Plan(mesh=mesh, patterns=patterns, allow=allow).fit(config)
     return Executables(WeightTable(config, plan), Buckets.make(context, batch, plan.data))
 
 

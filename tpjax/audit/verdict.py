@@ -13,12 +13,12 @@ from tpjax.audit import program
 from tpjax.audit.program import Collective
 from tpjax.config import itemsize
 from tpjax.executables import Executables
+from tpjax.inventory import Weight, weights
 from tpjax.ops.experts import TILE
 from tpjax.ops.sample import collectives as sampler_states
 from tpjax.ops.topk import CANDIDATES
 from tpjax.parallel.layout import Layout
 from tpjax.planner.memory import MIB, Footprint, temporary
-from tpjax.planner.weights import Weight, weights
 
 SLACK = 32 * MIB  # of temporaries, beside 10 %
 
@@ -112,25 +112,12 @@ class Audit:
 
     def sums(self) -> list[Sum]:
         """The all-reduces the plan states: of the embedding, and two in each layer."""
-        c, layout = self.config, self.layout
-        rows = self.each * self.tokens
-        width = c.embed_in or c.embed
-
-        def over(path: str, *axes: str) -> frozenset[str]:
-            return frozenset(n for axis in axes for n in layout.at(path).mesh_axes(axis))
-
-        stated = [Sum("embed", rows * width * itemsize(c.dtype), over("embed", "vocab"))]
-        for n in range(c.layers):
-            stated.append(
-                Sum(f"blocks.{n}.attn", rows * c.embed * 4, over(f"blocks.{n}.attn", "heads"))
-            )
-            path, axes = (
-                (f"blocks.{n}.moe", ("experts", "expert_mlp"))
-                if c.is_sparse(n)
-                else (f"blocks.{n}.mlp", ("mlp",))
-            )
-            stated.append(Sum(path, rows * c.embed * 4, over(path, *axes)))
-        return [s for s in stated if s.axes]
+        c, rows = self.config, self.each * self.tokens
+        embedded = rows * (c.embed_in or c.embed) * itemsize(c.dtype)
+        return [
+            Sum(where, embedded if where == "embed" else rows * c.embed * 4, axes)
+            for where, axes in self.layout.sums(c)
+        ]
 
     def _sums(self) -> Iterator[Finding]:
         """Module by module: as many, of as many bytes, over these axes and no others."""

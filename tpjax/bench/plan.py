@@ -141,6 +141,7 @@ def measure(point: Point) -> Row:
     name = point.step if data == 1 or point.rows > 1 else point.step.replace("b1]", f"b{data}]")
     compiled, _ = compiled_with_launches(exe.lower(name))
     memory = compiled.memory_analysis()
+    assert memory is not None
     layout = exe.table.plan.layout
     decode = name.startswith("decode")
     each = max(point.rows, data) // data if decode else 1

@@ -43,6 +43,12 @@ class MoE(nnx.Module):
         if moe.shared_mlp:
             share_BT1 = jax.nn.sigmoid(self.shared_gate(x_BTD).astype(jnp.float32))
             h_BTF = self.shared.hidden(x_BTD) * share_BT1.astype(x_BTD.dtype)
-            y_RD = y_RD + product(plan, h_BTF, value(self.shared.down.w), "embed", "mlp")
-        y_RD = plan.sum(y_RD, partial, "batch", "embed")
+            shared_RD = product(plan, h_BTF, value(self.shared.down.w), "embed", "mlp")
+            if plan.layout.together:
+                y_RD = plan.sum(y_RD + shared_RD, partial, "batch", "embed")
+            else:  # a plan of the user's splits one of them only
+                y_RD = plan.sum(y_RD, partial, "batch", "embed")
+                y_RD = y_RD + plan.sum(shared_RD, plan.mesh_axes("mlp"), "batch", "embed")
+        else:
+            y_RD = plan.sum(y_RD, partial, "batch", "embed")
         return plan.reshape(y_RD, (B, T, D), "batch", None, "embed").astype(x_BTD.dtype)

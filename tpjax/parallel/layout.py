@@ -101,6 +101,35 @@ class Layout:
                 break
         return held * config.kv_bytes_per_token // (config.layers * config.kv_heads)
 
+    def sums(self, config: ModelConfig) -> list[tuple[str, frozenset[str]]]:
+        """The all-reduces of a step: which module makes each, and over which mesh axes. The
+        embedding has one, a layer two; of what is whole there is none."""
+        found: list[tuple[str, Layout, tuple[str, ...]]]
+        found = [("embed", self.at("embed"), ("vocab",))]
+        for n in range(config.layers):
+            found.append((f"blocks.{n}.attn", self.at(f"blocks.{n}.attn"), ("heads",)))
+            if not config.is_sparse(n):
+                found.append((f"blocks.{n}.mlp", self.at(f"blocks.{n}.mlp"), ("mlp",)))
+                continue
+            name = f"blocks.{n}.moe"
+            here = self.at(name)
+            found.append((name, here, ("experts", "expert_mlp")))
+            assert config.moe is not None
+            if config.moe.shared_mlp and not here.together:
+                found.append((name, here, ("mlp",)))
+        sums = [
+            (module, frozenset(a for axis in axes for a in here.mesh_axes(axis)))
+            for module, here, axes in found
+        ]
+        return [(module, over) for module, over in sums if over]
+
+    @property
+    def together(self) -> bool:
+        """Whether the shared expert is split over the same devices as the others, so that one sum
+        is enough for both."""
+        experts = {*self.mesh_axes("experts"), *self.mesh_axes("expert_mlp")}
+        return experts == set(self.mesh_axes("mlp"))
+
     @property
     def sharing(self) -> MeshAxes:
         """The mesh axes along which devices hold the same key/value heads."""

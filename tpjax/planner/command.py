@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tpjax import patterns
 from tpjax.config import DTYPES
 from tpjax.errors import UsageError
 from tpjax.planner import chips, models, report, search
@@ -23,17 +24,19 @@ def plan(args: argparse.Namespace) -> int:
         raise UsageError(f"no mesh of {wish.hardware} suits {model.name}: {rules}")
     ranked = search.rank(found, args.goal)
     sentence = search.explained(ranked, args.goal, wish)
+    plain = replace(ranked[0].layout, unsplit=())
+    decided = patterns.decide(wish.config, plain, wish.patterns, wish.allow).by if args.plan else {}
     notes += [] if ranked[0].fits else ["nothing fits"]
     if args.json:
         told = report.document(wish, model.name, ranked, refused, sentence, notes)
         if args.explain:
-            told["weights"] = report.weights_of(wish.config, ranked[0].layout, {})
+            told["weights"] = report.weights_of(wish.config, ranked[0].layout, decided)
         print(json.dumps(told))
         return 0
     out = report.lines(wish, model.name, ranked, refused, sentence, notes, args.markdown)
     if args.explain:
         out += ["", f"weights on {ranked[0].words}", ""]
-        out += report.explanation(wish.config, ranked[0].layout, {}, args.markdown)
+        out += report.explanation(wish.config, ranked[0].layout, decided, args.markdown)
     print("\n".join(out))
     return 0
 
@@ -66,5 +69,7 @@ def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str
             args.kv_dtype
         ),
         axes=axes,
+        patterns=patterns.read(Path(args.plan)) if args.plan else (),
+        allow=tuple(args.allow),
     )
     return model, wish, notes

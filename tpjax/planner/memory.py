@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpjax.config import ModelConfig, itemsize
+from tpjax.inventory import weights
 from tpjax.parallel.layout import Layout
 from tpjax.params import COLUMNS
 from tpjax.planner.chips import Chip
-from tpjax.planner.weights import weights
 
 MIB = 1 << 20
 CHUNKS = (512, 128, 32)  # tokens per prefill call, as `tpjax.executables` has them

@@ -2,7 +2,7 @@
 config.json files and hub ids by what their config says.
 
 The table holds facts, so that planning a published model reads nothing and imports little. It is
-made from their config.json files (`tests/test_planner_models.py` says how) and held equal to them.
+made from their config.json files (`tests/test_inventory.py` says how) and held equal to them.
 """
 
 import difflib

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from tpjax.config import ModelConfig
+from tpjax.inventory import Weight, weights
 from tpjax.parallel.layout import Layout
 from tpjax.planner.memory import USABLE, Memory, usable
 from tpjax.planner.roofline import Step
 from tpjax.planner.search import Mesh, Refused, Wish
-from tpjax.planner.weights import Weight, weights
 
 PARTS = ("memory", "arithmetic", "communication", "launch")
 HEAD = (

@@ -10,9 +10,9 @@ B sequences of one replica, S cache positions, T tokens, L layers, D embed.
 from dataclasses import dataclass, replace
 
 from tpjax.config import ModelConfig
+from tpjax.inventory import Weight
 from tpjax.planner.chips import Hardware, Link
 from tpjax.planner.memory import Footprint
-from tpjax.planner.weights import Weight
 
 CHUNK = 512  # tokens tpjax prefills per call
 
@@ -91,6 +91,7 @@ class Roofline:
         self.hardware, self.stack = hardware, stack
         self.kv_per_token = held.per_token
         self.peak = hardware.chip.peak(dtype or config.dtype)
+        self.sums = len(layout.sums(config))
         self.read = 0.0  # bytes of what every token is multiplied with
         self.experts = 0.0  # bytes of all experts here
         self.products = 0.0  # elements a token is multiplied with here
@@ -131,8 +132,7 @@ class Roofline:
         if self.stack.layer == 0 and self.stack.step == 0:  # the limit
             return 0.0
         bytes_ = many * self.config.embed * self.stack.sum_bytes
-        sums = 2 * self.config.layers + 1
-        time = sums * self._all_reduce(bytes_, degree)
+        time = self.sums * self._all_reduce(bytes_, degree)
         if self.stage > 1:  # what goes from one stage to the next
             link = self.hardware.link(degree * self.stage)
             time += (self.stage - 1) * (10e-6 + bytes_ / (0.8 * link.gbs * 1e9))

@@ -7,6 +7,7 @@ from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.parallel.degrees import even_degrees, nearest, refusal
 from tpjax.parallel.layout import Layout
+from tpjax.patterns import Patterns, decide
 from tpjax.planner.chips import Hardware
 from tpjax.planner.memory import Footprint, Memory, usable
 from tpjax.planner.roofline import LIMIT, TPJAX, Roofline, Stack, Step
@@ -27,6 +28,8 @@ class Wish:
     weight_bytes: int | None = None
     kv_bytes: int | None = None
     axes: dict[str, int] = field(default_factory=dict)  # sizes that are given
+    patterns: Patterns = ()
+    allow: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -97,6 +100,8 @@ def meshes(wish: Wish, stack: Stack = TPJAX) -> tuple[list[Mesh], list[Refused]]
             )
         else:
             layout = Layout.of(data=data, expert=expert, tensor=tensor).fit(wish.config)
+            if wish.patterns:
+                layout = decide(wish.config, layout, wish.patterns, wish.allow).applied(layout)
             found.append(consider(wish, layout, stage, stack))
     return found, refused
 
@@ -140,8 +145,8 @@ def consider(wish: Wish, layout: Layout, stage: int, stack: Stack = TPJAX) -> Me
         per_user=1 / token,
         total=min(wish.batch, rows * layout.data) / token,
         share_of_limit=best / step.total,
-        sums=2 * config.layers + 1 if layout.tensor_degree > 1 else 0,
-        sum_bytes=(2 * config.layers + 1) * config.embed * 4 if layout.tensor_degree > 1 else 0,
+        sums=line.sums,
+        sum_bytes=line.sums * config.embed * 4,
         padding=padding(config, layout),
         warnings=tuple(_warnings(wish, layout, stage)),
     )

@@ -6,12 +6,12 @@ import pytest
 
 from tests.published import CONFIGS, LITERAL, published, resolved
 from tpjax.cache import KVCache
+from tpjax.inventory import weights
 from tpjax.parallel.layout import Layout
 from tpjax.parallel.mesh import make_mesh
 from tpjax.parallel.rules import sharding_word
 from tpjax.plan import Plan
 from tpjax.planner.models import facts, find, from_facts, table
-from tpjax.planner.weights import weights
 from tpjax.weights import WeightTable
 
 NAMES = sorted([*CONFIGS, *LITERAL])

@@ -1,5 +1,5 @@
 """Every weight of a model from its facts alone: what `tpjax.weights` gets by tracing the model, in
-microseconds and without jax. `tests/test_planner_weights.py` holds the two equal.
+microseconds and without jax. `tests/test_inventory.py` holds the two equal.
 """
 
 import math
