@@ -1,12 +1,14 @@
 """`tpjax plan`: what it says, how fast, and what it refuses."""
 
 import json
+import statistics
 import subprocess
 import sys
 
 import pytest
 
 from tests.bad import refused
+from tpjax.bench.published import figures
 from tpjax.cli import main
 from tpjax.errors import UsageError
 from tpjax.parallel.layout import Layout
@@ -155,6 +157,15 @@ def test_all_reduces_as_published():
         assert all_reduce(2**19, n, link, True) == pytest.approx(seconds, rel=0.15)
     for n, seconds in ((2, 7.9e-6), (4, 10.3e-6), (8, 15.2e-6)):
         assert all_reduce(2**14, n, link, False) == pytest.approx(seconds, rel=0.15)
+
+
+def test_predictions_beside_published_measurements():
+    """Every figure within 25 %, half of them within 15, but for one: gpt-fast's 405B in int8 reaches
+    39 % of its memory's bandwidth where the same code reaches 50 to 62 % with other models."""
+    found = list(figures())
+    outside = [(f.stack, f.model) for f in found if abs(f.error) > 0.25]
+    assert outside == [("gpt-fast-int8", "llama-3.1-405b")]
+    assert len(found) >= 60 and statistics.median(abs(f.error) for f in found) < 0.15
 
 
 @pytest.mark.parametrize(

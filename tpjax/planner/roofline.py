@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from tpjax.config import ModelConfig
 from tpjax.inventory import Weight
 from tpjax.planner.chips import Hardware, Link
-from tpjax.planner.memory import Footprint
+from tpjax.planner.memory import USABLE, Footprint
 
 CHUNK = 512  # tokens tpjax prefills per call
+WORKSPACE = 1.5e9  # bytes that systems keep for activations and graphs
+MOST_ROWS = 4096  # sequences at once
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Stack:
     these. ``arithmetic``: share of the peak rate. ``layer``: seconds a layer takes beyond that
     (launches, small kernels); ``step``: the same of everything that is not a layer. ``one_shot``:
     whether small all-reduces are written straight into the other devices' memory. ``sum_bytes``: of
-    an element that is summed. ``chunk``: tokens prefilled per call."""
+    an element that is summed. ``chunk``: tokens prefilled per call. ``memory``: share of a device's
+    memory that weights and cache may take."""
 
     name: str
     weights: float = 0.90
@@ -34,6 +37,7 @@ class Stack:
     one_shot: bool = True
     sum_bytes: int = 2
     chunk: int = CHUNK
+    memory: float = USABLE
 
 
 # XLA's decode step has about 20 kernels per layer, some 2 us each beside what they read; sums are
@@ -87,7 +91,7 @@ class Roofline:
         dtype: str | None = None,
     ):
         config, layout = held.config, held.layout
-        self.config, self.layout, self.stage = config, layout, held.stage
+        self.held, self.config, self.layout, self.stage = held, config, layout, held.stage
         self.hardware, self.stack = hardware, stack
         self.kv_per_token = held.per_token
         self.peak = hardware.chip.peak(dtype or config.dtype)
@@ -160,6 +164,19 @@ class Roofline:
             done += chunk
             total += self.step(1, chunk, context or done - chunk // 2)
         return total
+
+    def throughput(self, prompt: int, output: int) -> float:
+        """Tokens per second, in all, with as many sequences at once as have room for the whole of
+        their prompts and outputs. Every prompt is prefilled once while the others wait."""
+        chip = self.hardware.chip
+        free = self.stack.memory * chip.memory - self.held.ends - self.held.layers - WORKSPACE
+        rows = min(int(free / ((prompt + output) * self.kv_per_token)), MOST_ROWS)
+        if rows < 1:
+            return 0.0
+        each = self.step(1, prompt, prompt // 2)
+        token = self.decode(rows, prompt + output // 2).total
+        waiting = rows * (each.arithmetic + each.communication)
+        return output * rows / (output * token + waiting)
 
     def limited_by(self, stack: Stack) -> "Roofline":
         """The same devices under other software."""
