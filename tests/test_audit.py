@@ -11,6 +11,7 @@ from tests.audited import audited
 from tests.published import published
 from tpjax import executables
 from tpjax.audit import targets
+from tpjax.bench import plan as grid
 from tpjax.cache import KVCache
 from tpjax.cli import main
 from tpjax.nn import embed, linear, mlp, norm, param
@@ -286,6 +287,18 @@ def test_nothing_is_found_where_nothing_is_wrong(greedy):
         rows = words.get("data", 1)
         audit = audited(LLAMA, f"decode[b{rows}]", greedy=True, context=2048, **words)
         assert audit.findings() == []
+
+
+@pytest.mark.parametrize("point", grid.points()[5::40], ids=str)
+def test_the_plan_says_what_the_compiler_says(point):
+    """Arguments to the byte, temporaries within 10 % or 32 MiB, the total within 3 %: a sample of
+    what `python -m tpjax.bench.plan` compiles (BENCHMARKS.md)."""
+    row = grid.measure(point)
+    assert row.agrees, row
+
+
+def test_the_grid_is_large():
+    assert len(grid.points()) >= 100
 
 
 # --- the command

@@ -113,8 +113,12 @@ MESHES = {
 WHOLE = {"llama-3.2-1b": [{"tensor": 1}, {"tensor": 8}]}
 
 
-def points() -> Iterator[Point]:
-    """All that the table has: more than a hundred."""
+def points() -> list[Point]:
+    """All that the table has: more than a hundred, no two alike."""
+    return list(dict.fromkeys(_points()))
+
+
+def _points() -> Iterator[Point]:
     for layers, models in ((2, MESHES), (0, WHOLE)):
         for model, meshes in models.items():
             longest = find(model).config.max_position
@@ -160,7 +164,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th point only")
     args = parser.parse_args()
-    chosen = list(points())[:: args.every]
+    chosen = points()[:: args.every]
     rows = [measure(point) for point in tqdm(chosen, file=sys.stderr, unit="step")]
     print("\n".join(table(HEAD, [row.cells for row in rows], args.markdown)))
     wrong = [row for row in rows if not row.agrees]

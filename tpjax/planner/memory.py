@@ -118,21 +118,24 @@ def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, conte
     width = layout.dim("mlp", c.mlp).size // layout.shards("mlp")
     # The residual stream and, of several devices, a partial sum in float32.
     stream = many * c.embed * (2 * size if layout.tensor_degree == 1 else 2 * size + 3)
-    inside = many * width * (4 + size)
+    inside = max(many * width * (4 + size), _of_experts(c, layout, many))
     sampled = 16 * rows * vocab
-    return max(scores + stream, stream + inside, sampled) + _of_experts(c, layout, many) + MIB
+    return max(scores + stream, stream + inside, sampled) + MIB
 
 
 def _of_experts(config: ModelConfig, layout: Layout, rows: int) -> int:
-    """Two matrices of an expert, where its rows are multiplied together: they are cut out first."""
+    """Two matrices of an expert, where its rows are multiplied together and it is not alone on its
+    device: they are cut out first. And what is made of all rows so far, in float32."""
     moe = config.moe
     if moe is None:
         return 0
     here = next(layout.at(f"blocks.{n}.moe") for n in range(config.layers) if config.is_sparse(n))
     experts, width = here.dim("experts", moe.experts), here.dim("expert_mlp", moe.mlp)
-    if moe.pair_by_pair(rows, experts.size // here.shards("experts")):
+    local = experts.size // here.shards("experts")
+    if moe.pair_by_pair(rows, local):
         return 0
-    return 2 * width.size // here.shards("expert_mlp") * config.embed * itemsize(config.dtype)
+    matrix = width.size // here.shards("expert_mlp") * config.embed * itemsize(config.dtype)
+    return 4 * rows * config.embed + (2 * matrix if local > 1 else 0)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
