@@ -161,6 +161,22 @@ def test_all_reduces_as_published():
         assert all_reduce(2**14, n, link, False) == pytest.approx(seconds, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "model, hardware", [("mixtral-8x7b-v0.1", "h100:8"), ("opt-125m", "rtx4090:1")]
+)
+def test_a_plot(tmp_path, capsys, monkeypatch, model, hardware):
+    words = ["plan", model, "--hardware", hardware, "--batch", "8", "--context", "2048", "--plot"]
+    assert main([*words, str(tmp_path / "plan.svg")]) == 0
+    text = (tmp_path / "plan.svg").read_text()
+    assert text.startswith("<?xml") and text.rstrip().endswith("</svg>") and len(text) > 20_000
+    assert main([*words, str(tmp_path / "plan.gif")]) == 2
+    assert main([*words, str(tmp_path / "none/plan.svg")]) == 4
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*words, str(tmp_path / "plan.svg")]) == 4
+    assert "tpjax[plot]" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.svg"]
+
+
 def test_the_page_of_quoted_numbers_is_the_tools():
     assert (Path(__file__).parent.parent / "docs/guides.md").read_text() == guides.page()
 

@@ -187,6 +187,7 @@ def _add_plan(commands) -> None:
     _add_patterns(parser)
     add("--explain", action="store_true", help="a line for every weight, of the best mesh")
     add("--markdown", action="store_true", help="tables as markdown")
+    add("--plot", metavar="FILE", help="curves and the mesh as a picture, .png, .svg or .pdf")
     add("--json", action="store_true", help="one JSON object")
     add_common(parser, "tpjax.planner.command:plan")
 

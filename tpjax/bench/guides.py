@@ -68,10 +68,10 @@ def seventy_billion() -> list[str]:
         "",
         f"One sequence of {CONTEXT} positions. GB on each device: weights, then with cache and"
         " temporaries. The limit reads every weight once at the full bandwidth and sums for free;"
-        " `tuned` is the roofline with 90 % of the bandwidth, few kernels and one-shot all-reduces,"
+        " `tuned` is the roofline with 90 % of the bandwidth, few kernels and one-shot sums,"
         " `with NCCL` the same with its all-reduces. Quoted figures of about 38, 20 and 12 GB are"
-        " of 8-bit weights; quoted rates of 45, 85 and 140 tokens/s are near or above what bfloat16 can"
-        " reach at 2 and 4, and well within reach of 8 bits.",
+        " of 8-bit weights; quoted rates of 45, 85 and 140 tokens/s are near or above what bfloat16"
+        " can reach at 2 and 4, and well within reach of 8 bits.",
         "",
         *_table(head, body),
     ]
@@ -124,7 +124,8 @@ def communication() -> list[str]:
     return [
         "## The share of communication",
         "",
-        "Of a step on H100s with NVLink, bfloat16: one-shot all-reduces, then NCCL's. Guides quote 15"
+        "Of a step on H100s with NVLink, bfloat16: one-shot all-reduces, then NCCL's."
+        " Guides quote 15"
         " to 25 %; it is a function of model, degree, batch and all-reduce.",
         "",
         *_table(head, body),
@@ -142,7 +143,8 @@ def experts() -> list[str]:
     return [
         "## Experts: summed over devices, or tokens sent to them",
         "",
-        "Bytes that a device sends per token and layer, bfloat16, k experts of a token spread evenly"
+        "Bytes that a device sends per token and layer, bfloat16, k experts of a token"
+        " spread evenly"
         " over N devices. Summing (tensor parallel, and tpjax's expert axis, whose tokens are on"
         " every device) costs 2 (N - 1) / N of a vector; sending each token to its experts and back"
         " costs 2 k (N - 1) / N of one, shared by N devices: k / N of the former, so 1 - k / N less"
@@ -169,8 +171,10 @@ def bubbles() -> list[str]:
     return [
         "## Pipeline bubbles",
         "",
-        "The share of time that p stages idle while m microbatches pass once: (p - 1) / (m + p - 1)."
-        " Decode fills the pipeline again with the next token, so p microbatches in flight are enough.",
+        "The share of time that p stages idle while m microbatches pass once: (p - 1) /"
+        " (m + p - 1)."
+        " Decode fills the pipeline again with the next token, so p microbatches in"
+        " flight are enough.",
         "",
         *_table(head, body),
     ]

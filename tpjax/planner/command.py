@@ -27,6 +27,10 @@ def plan(args: argparse.Namespace) -> int:
     plain = replace(ranked[0].layout, unsplit=())
     decided = patterns.decide(wish.config, plain, wish.patterns, wish.allow).by if args.plan else {}
     notes += [] if ranked[0].fits else ["nothing fits"]
+    if args.plot:
+        from tpjax.planner.plot import plot as draw
+
+        draw(Path(args.plot), model.name, wish, ranked[0])
     if args.json:
         told = report.document(wish, model.name, ranked, refused, sentence, notes)
         if args.explain:

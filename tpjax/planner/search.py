@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
@@ -32,7 +33,7 @@ class Wish:
     allow: tuple[str, ...] = ()
 
     @property
-    def sizes(self) -> dict[str, int | None]:
+    def sizes(self) -> dict[str, Any]:
         return {"weight_bytes": self.weight_bytes, "kv_bytes": self.kv_bytes}
 
 
