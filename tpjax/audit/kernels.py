@@ -28,20 +28,21 @@ class Launches:
 
 
 def compiled_with_launches(
-    lowered: jax.stages.Lowered,
+    lowered: jax.stages.Lowered, loop: bool = True
 ) -> tuple[jax.stages.Compiled, Launches | None]:
-    """The compiled program and, where the compiler tells, what it launches."""
+    """The compiled program and, where the compiler tells, what it launches: of decode, which is a
+    ``loop`` over tokens, one turn."""
     with tempfile.TemporaryDirectory(prefix="tpjax-audit-") as folder:
         with warnings.catch_warnings():  # what jax keeps of programs it cannot read without a GPU
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = lowered.compile({"xla_dump_to": folder})
         lists = list(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
-        return compiled, _launches(lists[0].read_text()) if lists else None
+        return compiled, _launches(lists[0].read_text(), loop) if lists else None
 
 
-def _launches(text: str) -> Launches:
+def _launches(text: str, loop: bool) -> Launches:
     count = {"kernel": 0, "copy": 0, "collective": 0, "graph": 0, "outside": 0}
-    for kind, in_graph in _run_each_step(text):
+    for kind, in_graph in _run_each_step(text, loop):
         if kind == "CommandBuffer":
             count["graph"] += 1
         if kind in _NO_LAUNCH:
@@ -60,11 +61,13 @@ def _launches(text: str) -> Launches:
     )
 
 
-def _run_each_step(text: str) -> Iterator[tuple[str, bool]]:
+def _run_each_step(text: str, loop: bool) -> Iterator[tuple[str, bool]]:
     """Every thunk of the loop's body, or of the program where there is no loop, and whether a graph
     holds it; branches left out."""
     lines = text.splitlines()
-    loops = [n for n, line in enumerate(lines) if line.strip() == "body:" and _depth(line) <= 2]
+    loops = loop and [
+        n for n, line in enumerate(lines) if line.strip() == "body:" and _depth(line) <= 2
+    ]
     if loops:
         lines = lines[loops[0] + 1 :]
         depth = _depth(lines[0])
