@@ -61,6 +61,14 @@ def figures() -> Iterator[Figure]:
         line = _line(stacks[stack], model, hardware, size)
         predicted = 1 / line.decode(1, CONTEXT).total
         yield Figure(stack, model, hardware, size, "one sequence", measured, predicted)
+    for stack, model, hardware, size, rows, context, measured in raw["batch"]["figures"]:
+        line = _line(stacks[stack], model, hardware, size)
+        predicted = rows / line.decode(rows, context).total
+        yield Figure(stack, model, hardware, size, f"{rows} sequences", measured, predicted)
+    for stack, model, hardware, size, dtype, prompt, output, measured in raw["later"]["figures"]:
+        predicted = _line(stacks[stack], model, hardware, size, dtype).throughput(prompt, output)
+        what = f"{prompt} in, {output} out, later"
+        yield Figure(stack, model, hardware, size, what, measured, predicted)
     for stack, model, hardware, size, dtype, *rates in raw["output"]["figures"]:
         line = _line(stacks[stack], model, hardware, size, dtype)
         for (prompt, output), measured in zip(LENGTHS, rates, strict=True):
