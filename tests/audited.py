@@ -11,6 +11,7 @@ from tpjax.config import ModelConfig
 from tpjax.executables import Buckets, Executables
 from tpjax.parallel.mesh import make_mesh
 from tpjax.parallel.rules import Rules
+from tpjax.patterns import Patterns
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
@@ -30,13 +31,16 @@ def steps(
     context: int = 8192,
     rules: Rules | None = None,
     sum_algorithm: str = "xla",
+    patterns: Patterns = (),
+    allow: tuple[str, ...] = (),
     **sizes: int,
 ) -> Executables:
     """Its steps; a model with a shorter context has its own. ``sizes`` of the mesh: by default
     tensor over all devices."""
     there = devices(hardware)
     mesh = make_mesh(**(sizes or {"tensor": len(there)}), devices=there)
-    plan = Plan(mesh=mesh, rules=rules or Rules(), sum_algorithm=sum_algorithm).fit(config)
+    words = {"sum_algorithm": sum_algorithm, "patterns": patterns, "allow": allow}
+    plan = Plan(mesh=mesh, rules=rules or Rules(), **words).fit(config)
     context = min(context, config.max_position)
     return Executables(WeightTable(config, plan), Buckets.make(context, rows, plan.data))
 

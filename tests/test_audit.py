@@ -9,11 +9,12 @@ import pytest
 
 from tests.audited import audited
 from tests.published import published
-from tpjax import executables
+from tpjax import executables, patterns
 from tpjax.audit import targets
 from tpjax.bench import plan as grid
 from tpjax.cache import KVCache
 from tpjax.cli import main
+from tpjax.config import ModelConfig
 from tpjax.nn import embed, linear, mlp, norm, param
 from tpjax.nn.attention import Attention
 from tpjax.ops import attention, sample
@@ -21,6 +22,9 @@ from tpjax.parallel import collectives
 from tpjax.parallel.rules import Rules
 
 LLAMA = published("llama-3.1-8b-instruct", 2)
+SMALL = ModelConfig(
+    family="llama", vocab=8192, embed=64, layers=2, heads=8, kv_heads=8, head_dim=8, mlp=96
+)
 
 
 @pytest.fixture
@@ -358,6 +362,28 @@ def test_bad_words(capsys, monkeypatch, words, code, said):
 
 @pytest.mark.parametrize("hardware, extra", [("h100:8", "compile-cuda"), ("v5e:8", "tpu")])
 def test_an_absent_compiler_names_its_extra(capsys, monkeypatch, hardware, extra):
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    """As importlib has it: what is in a package that is not there is an error to ask for."""
+
+    def find_spec(name):
+        if "." in name:
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(targets.importlib.util, "find_spec", find_spec)
     assert main(["audit", "llama-3.2-1b", "--hardware", hardware, "--quiet"]) == 4
     assert f"tpjax[{extra}]" in capsys.readouterr().err
+
+
+def test_attention_and_head_left_whole(greedy):
+    """By a plan: as stated, on both kinds of target."""
+    plan = {
+        "blocks.*.attn.*": (None, None),
+        "blocks.*.mlp.down": ("tensor", "embed"),
+        "blocks.*.mlp.*": ("embed", "tensor"),
+        "embed": ("tensor", None),
+        "head": (None, None),
+    }
+    words = {"context": 2048, "patterns": patterns.normal(plan), "allow": ("*",)}
+    for hardware in ("h100:8", "cpu:8"):
+        config = LLAMA if hardware == "h100:8" else SMALL
+        audit = audited(config, "decode[b1]", hardware, greedy=True, **words)
+        assert audit.findings() == [] and len(audit.sums()) == config.layers + 1

@@ -25,13 +25,13 @@ from tests.wrong import (
     scoring,
     started_from,
 )
-from tpjax import plan as plans
 from tpjax.checkpoint.tensors import Tensors
 from tpjax.nn import attention, decoder
 from tpjax.nn.attention import Attention
 from tpjax.nn.decoder import Decoder
 from tpjax.nn.norm import LayerNorm, RMSNorm
 from tpjax.nn.param import value
+from tpjax.parallel import layout as plans
 from tpjax.parallel.dims import Heads
 from tpjax.plan import Plan
 

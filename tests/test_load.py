@@ -376,7 +376,13 @@ def test_random_weights(folder, data, tensor, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored, dtype", [("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "stored, dtype",
+    [
+        ("bfloat16", "float32"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.extra),
+    ],
+)
 def test_loading_takes_little_more_memory_than_the_weights(stored, dtype):
     """A checkpoint of 1.03 GB at tensor=4, the largest weight a quarter of it: less than 300 MB
     beyond the weights themselves."""

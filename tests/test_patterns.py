@@ -56,6 +56,8 @@ def test_the_first_match_decides():
         ({"blocks.*.attn.o": COLUMN}, "blocks.0.attn.o.w cannot be split over 'tensor' there"),
         ({"blocks.*.mlp.down": WHOLE}, "blocks.0.mlp.down.w: 117 MB whole on each device"),
         ({"head": ("embed", "tenser")}, "unknown axis 'tenser'"),
+        ({"head": ("embed", "data")}, "unknown axis 'data'"),
+        ({"head": ("embed", "mlp")}, "head cannot be split over 'mlp' there"),
         ({"head": ("embed", "tensor", None)}, "3 axes, but head has 2: embed, vocab"),
         ({"head": 7}, "7 are no axes"),
         ({"head": "colwize"}, "unknown style 'colwize'"),
@@ -72,6 +74,18 @@ def test_large_weights_nobody_splits():
     with refused(UsageError, "embed.w: 1051 MB whole on each device, no pattern does split"):
         decided(less)
     assert decided(less, allow=["embed"]).unsplit == (("embed", frozenset({"vocab"})),)
+
+
+def test_experts_whole_on_every_device():
+    config = published("mixtral-8x7b-v0.1", 2)
+    moe = {"blocks.*.moe.router": WHOLE, "blocks.*.moe.*": (None, None, None)}
+    plan = moe | {k: v for k, v in OURS.items() if "mlp" not in k}
+    for sizes in ({"expert": 8}, {"tensor": 8}, {"expert": 2, "tensor": 4}):
+        with refused(UsageError, "blocks.0.moe.gate: 940 MB whole on each device"):
+            decided(plan, config, **sizes)
+    assert (
+        decided(plan | {"blocks.*.moe.*": ("expert", None, None)}, config, expert=8).unsplit == ()
+    )
 
 
 def test_partners_must_agree():

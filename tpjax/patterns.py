@@ -3,8 +3,9 @@
 A pattern names linears (``blocks.*.attn.q``), tables (``embed``, ``head``) or experts
 (``blocks.*.moe.up``), and its value the axes of their inputs and outputs, in the order of
 ``y = x @ w``: ``("embed", "tensor")`` is column-parallel, ``("tensor", "embed")`` row-parallel,
-``(None, None)`` whole on each device. Of experts the first axis is theirs. The first pattern that
-matches decides.
+``(None, None)`` whole on each device. Of experts the first axis is theirs. A mesh's axis says that
+a dimension is split as the rules split it, over all axes they name. The first pattern that matches
+decides.
 
 Plans of transformers (``base_model_tp_plan``, ``tp_plan``) are the same in other words.
 """
@@ -117,28 +118,30 @@ def decide(
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 matched[pattern].append(weight.path)
                 by.setdefault(weight.path, pattern)
-    _check_used(axes, matched, by, family)
+    _check_used(axes, matched, by, family, config.tie_embeddings)
 
     whole: dict[str, dict[str, set[bool]]] = {}
     for weight in every:
         pattern = by.get(weight.path)
         asked = axes[pattern] if pattern else None
-        for dim, wanted in zip(weight.dims, _in_order(weight, asked, pattern), strict=True):
+        asked_here = _in_order(weight, asked, pattern)
+        for dim, wanted in zip(weight.dims, asked_here, strict=True):
+            # A mesh's axis must be one that its rule splits it over; a model's its own.
+            if wanted not in (None, dim.axis, *Rules().mesh_axes(dim.axis)):
+                raise UsageError(
+                    f"pattern {pattern!r}: {weight.path} cannot be split over {wanted!r} there: its"
+                    f" axes are {_names(weight)}"
+                )
             if dim.axis in (None, "embed"):
-                if wanted:
-                    raise UsageError(
-                        f"pattern {pattern!r}: {weight.path} cannot be split over {wanted!r} there:"
-                        f" its axes are {_names(weight)}"
-                    )
                 continue
             module = whole.setdefault(module_of(weight.path), {})
             module.setdefault(str(dim.axis), set()).add(wanted is None)
-            if wanted is None and _too_large(weight, layout, dim.axis, allow):
-                fix = "none of its axes is" if pattern else "no pattern does"
-                raise UsageError(
-                    f"{weight.path}: {weight.bytes / 1e6:.0f} MB whole on each device, {fix} split;"
-                    f" add a pattern, or allow it: --allow {weight.path}"
-                )
+        if _too_large(weight, layout, asked_here, allow):
+            fix = "none of its axes is" if pattern else "no pattern does"
+            raise UsageError(
+                f"{weight.path}: {weight.bytes / 1e6:.0f} MB whole on each device, {fix} split;"
+                f" add a pattern, or allow it: --allow {weight.path}"
+            )
     for module, found in whole.items():
         for axis, said in found.items():
             if len(said) > 1:
@@ -168,10 +171,10 @@ def _axes(pattern: str, value: Axes | str) -> Axes | None:
         return _STYLES[value]
     logical = {f.name for f in fields(Rules)}
     for axis in value:
-        if axis is not None and axis not in logical and axis not in AXES:
+        if axis is not None and axis not in (logical | set(AXES)) - {"data", "batch"}:
             raise UsageError(
                 f"pattern {pattern!r}: unknown axis {axis!r}; known are {', '.join(AXES[1:])} of"
-                f" the mesh and {', '.join(sorted(logical))} of the model"
+                f" the mesh and {', '.join(sorted(logical - {'batch'}))} of the model"
             )
     usual = Rules()
     return tuple(
@@ -212,6 +215,7 @@ def _check_used(
     matched: Mapping[str, list[str]],
     by: Mapping[str, str],
     family: Family | None,
+    tied: bool,
 ) -> None:
     for pattern, found in matched.items():
         if axes[pattern] is None:  # of a module that holds no weight of its own
@@ -220,7 +224,7 @@ def _check_used(
             continue  # this model has none, others of its family do
         if not found:
             raise UsageError(f"pattern {pattern!r}: matches no weight of this model")
-        if found == ["embed.w"]:  # a table that is the head too may be called both
+        if tied and found == ["embed.w"]:  # a table that is the head too may be called both
             continue
         if all(by[path] != pattern for path in found):
             first = by[found[0]]
@@ -266,9 +270,11 @@ def _names(weight: Weight) -> str:
     return ", ".join(names)
 
 
-def _too_large(weight: Weight, layout: Layout, axis: str | None, allow: Sequence[str]) -> bool:
-    """Whether a weight that the usual rules would split there is too large to be whole."""
-    if axis == "experts" or layout.shards(axis) == 1 or weight.bytes < LARGE:
+def _too_large(weight: Weight, layout: Layout, asked: Axes, allow: Sequence[str]) -> bool:
+    """Whether a weight that the usual rules split is left whole, and too large for that."""
+    cut = [layout.shards(dim.axis) > 1 for dim in weight.dims]
+    split = any(c and wanted is not None for c, wanted in zip(cut, asked, strict=True))
+    if split or not any(cut) or weight.bytes < LARGE:
         return False
     names = (weight.path, weight.path.removesuffix(".w"))
     return not any(fnmatch.fnmatchcase(name, glob) for glob in allow for name in names)

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from tpjax import patterns
@@ -22,12 +22,12 @@ DIFFERS = 1  # the exit code where the program is not what the plan states
 
 def audit(args: argparse.Namespace) -> int:
     """Compile, compare, print. Exit code 1 names what differs."""
-    model = models.find(args.model)
+    model = models.find(args.model, args.dtype)
     for word in ("context", "batch", "data", "tensor", "expert", "layers"):
         value = getattr(args, word)
         if value is not None and value < 1:
             raise UsageError(f"--{word} {value}: must be 1 or more")
-    config = replace(model.config, dtype=args.dtype) if args.dtype else model.config
+    config = model.config
     if args.layers is not None:
         config = models.shortened(config, args.layers)
     devices = targets.devices(args.hardware)
@@ -37,6 +37,9 @@ def audit(args: argparse.Namespace) -> int:
     from tpjax.audit import steps
 
     context = args.context or min(config.max_position, 8192)
+    if context > config.max_position and not args.quiet:
+        beyond = f"context {context} is beyond the {config.max_position} positions of the model"
+        print(f"warning: {beyond}", file=sys.stderr)
     plan = patterns.read(Path(args.plan)) if args.plan else ()
     allow = tuple(args.allow)
     exe = steps.executables(config, devices, sizes, args.batch, context, plan, allow)
@@ -127,7 +130,7 @@ def _lines(report: dict, layers: int) -> list[str]:
         more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
         out.append(f"  DIFFERS {found[0]}{more}")
     if not alike:
-        moved = "" if report["unchecked"] else ", no weight moved"
+        moved = "" if report["unchecked"] else ", nothing large copied"
         out.append(f"  as stated: collectives, bytes, the cache in place{moved}")
     if report["unchecked"]:
         out.append("  not checked: moves; this compiler prefetches weights, which looks the same")

@@ -12,27 +12,10 @@ from tpjax.planner import chips
 
 FOLDER = Path(__file__).with_name("targets")
 # Chips of a slice -> its topology, as the TPU compiler calls it: two dimensions, or three.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TPU = {
-    "v5e": {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
-    "v6e": {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
+    "v5e": _FLAT,
+    "v6e": _FLAT,
     "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"},
 }
 
@@ -60,7 +43,7 @@ def devices(hardware: str) -> list:
             f"hardware {hardware!r}: no compiler target for {wanted.chip.name}; audit knows"
             f" cpu, {', '.join(known)}"
         )
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
+    if not any(_installed("jax_plugins", f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
         raise ResourceError(
             f"hardware {hardware!r}: the compiler for NVIDIA GPUs is not installed;"
             ' pip install "tpjax[compile-cuda]"'
@@ -70,13 +53,18 @@ def devices(hardware: str) -> list:
     )
 
 
+def _installed(*modules: str) -> bool:
+    """Whether these can be imported; a package comes before what is in it."""
+    return all(importlib.util.find_spec(module) is not None for module in modules)
+
+
 def _has_target(key: str, chip: chips.Chip) -> bool:
     return key in _TPU or (FOLDER / f"{chip.target}.txtpb").is_file()
 
 
 def _tpu(wanted: chips.Hardware) -> list:
     key = wanted.chip.key
-    if importlib.util.find_spec("libtpu") is None:
+    if not _installed("libtpu"):
         raise ResourceError(
             f'hardware {key}: the compiler for TPUs is not installed; pip install "tpjax[tpu]"'
         )

@@ -17,7 +17,7 @@ from tpjax.inventory import Weight, weights
 from tpjax.ops.experts import TILE
 from tpjax.ops.sample import collectives as sampler_states
 from tpjax.ops.topk import CANDIDATES
-from tpjax.parallel.layout import Layout, module_of
+from tpjax.parallel.layout import Layout, bytes_summed, module_of
 from tpjax.planner.memory import MIB, Footprint, temporary
 
 SLACK = 32 * MIB  # of temporaries, beside 10 %
@@ -123,11 +123,10 @@ class Audit:
 
     def sums(self) -> list[Sum]:
         """The all-reduces the plan states: of the embedding, and two in each layer."""
-        c, rows = self.config, self.each * self.tokens
-        embedded = rows * (c.embed_in or c.embed) * itemsize(c.dtype)
+        rows = self.each * self.tokens
         return [
-            Sum(where, embedded if where == "embed" else rows * c.embed * 4, axes)
-            for where, axes in self.layout.sums(c)
+            Sum(where, rows * bytes_summed(self.config, where), axes)
+            for where, axes in self.layout.sums(self.config)
         ]
 
     def _sums(self) -> Iterator[Finding]:
@@ -185,14 +184,13 @@ class Audit:
         """The sampler's: no more than it states."""
         model = self._of_model()
         count = sum(one not in model for one in self.collectives)
-        split = (
-            self.layout.at("embed" if self.config.tie_embeddings else "head").shards("vocab") > 1
-        )
-        stated = sampler_states(self.plan)["all-gather"]
+        head = "embed" if self.config.tie_embeddings else "head"
+        shards = self.layout.at(head).shards("vocab")
+        stated = sampler_states(self.plan.at(head))["all-gather"]
         if self.greedy:  # then its one, and of replicas what every sequence got
-            stated = int(split) + (4 if self.plan.data > 1 else 0)
+            stated = int(shards > 1) + (4 if self.plan.data > 1 else 0)
         # A vocabulary of few candidates per device makes some branches impossible; they vanish.
-        few = self.config.vocab // self.layout.shards("vocab") <= CANDIDATES
+        few = self.config.vocab // shards <= CANDIDATES
         if self.on_tpu:  # it may split them
             stated *= 2
         exact = (self.greedy and self.plan.data == 1) or (self.on_cpu and not few)
@@ -219,10 +217,12 @@ class Audit:
         limit = max(stated + max(SLACK, stated // 10), 64 * MIB if self.on_cpu else 0)
         if have > limit:
             yield Finding("memory", "temporary", f"{have} bytes, the plan states {stated}")
-        if self.rows == self.tokens == 1 and self.config.moe is not None:
-            experts = [w for w in self.stated if w.dims[0].axis == "experts"]
+        experts = [w for w in self.stated if w.dims[0].axis == "experts"]
+        if self.rows == self.tokens == 1 and experts:
             matrix = min(w.bytes_per_device * w.parts[0] // w.dims[0].size for w in experts)
-            if matrix <= have and (not self.on_cpu or matrix > TILE):
+            # Scores of a long context, which the plan states, are no expert's.
+            beside = 0 if self.on_cpu else self.temporary_stated - MIB
+            if matrix <= have - beside and (not self.on_cpu or matrix > TILE):
                 yield Finding(
                     "memory", "temporary", f"{have} bytes, an expert has {matrix}: it was copied"
                 )
@@ -254,19 +254,31 @@ class Audit:
                 whole = [d.size for d in weight.dims]
                 for sizes in (local, whole, local[1:] if len(local) == 3 else local):
                     by_shape.setdefault(_sizes(sizes), []).append(weight)
-        heads = self.layout.heads(self.config)
-        queries = len(heads.queries) // self.layout.shards("heads") * self.config.head_dim
+        layouts = [self.layout.at(f"blocks.{n}.attn") for n in range(self.config.layers)]
+        held = {here: here.heads(self.config) for here in layouts}
+        queries = self.config.head_dim * max(
+            len(heads.queries) // here.shards("heads") for here, heads in held.items()
+        )
         # New queries and keys of a prompt may be transposed, head by head.
         size = itemsize(self.config.dtype)
         limit = max(MIB, self.each * self.tokens * queries * size if not self.decode else 0)
         told, slices = set(), self._slices_of_experts()
-        kv = len(heads.kv) // self.layout.shards("kv_heads")
-        cache = _sizes((self.each, kv, self.exe.buckets.context, self.config.head_dim))
+        caches = {
+            _sizes(
+                (
+                    self.each,
+                    len(heads.kv) // here.shards("kv_heads"),
+                    self.exe.buckets.context,
+                    self.config.head_dim,
+                )
+            )
+            for here, heads in held.items()
+        }
         for one in program.made(self.text):
             sizes = _sizes(one.array.shape)
             alike = by_shape.get(sizes, []) if self.tokens not in sizes or self.decode else []
             weight = _of_module(one.where, alike)
-            if one.where.endswith(".attn.cache") and sizes == cache and not one.moves:
+            if one.where.endswith(".attn.cache") and sizes in caches and not one.moves:
                 continue  # a layer's keys or values, written where they are: see _cache
             if sizes in slices and not one.where.endswith(("attn", "mlp")):
                 continue
@@ -289,9 +301,9 @@ class Audit:
         """What may be cut out of the experts: one of them, where its rows are multiplied together
         (the plan states their bytes as temporary)."""
         moe = self.config.moe
-        if moe is None:
-            return set()
         experts = [w for w in self.stated if w.dims[0].axis == "experts"]
+        if moe is None or not experts:
+            return set()
         local = experts[0].dims[0].size // experts[0].parts[0]
         if not self.on_cpu and moe.pair_by_pair(self.each * self.tokens, local):
             return set()

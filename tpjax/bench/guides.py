@@ -57,7 +57,7 @@ def seventy_billion() -> list[str]:
         "devices",
         "weights",
         "GB each",
-        "GB in all",
+        "GB, all of it",
         "fits",
         "limit tok/s",
         "tuned",

@@ -8,6 +8,7 @@ import psutil
 from tpjax.cache import KVCache
 from tpjax.errors import ResourceError
 from tpjax.executables import Buckets
+from tpjax.planner import memory as planned
 from tpjax.weights import WeightTable
 
 GB = 1e9
@@ -48,9 +49,16 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
 
 
 def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
-    """An upper bound of what prefill holds at once on one device: scores and shares of the largest
-    chunk against the whole context in float32, and a few rows of the widest activation."""
+    """What steps hold at once on one device: on accelerators what `tpjax plan` says; on a CPU an
+    upper bound: scores and shares of the largest chunk against the whole context in float32, and a
+    few rows of the widest activation."""
     config, split = table.config, table.plan.tensor_degree
+    if table.plan.platform != "cpu":
+        layout, rows = table.plan.layout, buckets.batch[-1] // table.plan.data
+        return max(
+            planned.temporary(config, layout, rows, 1, buckets.context),
+            planned.temporary(config, layout, 1, buckets.chunks[-1], buckets.context),
+        )
     chunk = buckets.chunks[-1]
     heads = -(-len(table.plan.heads(config).queries) // split)
     scores = 2 * heads * buckets.context

@@ -110,18 +110,19 @@ def extended(hf: dict) -> int:
     return length
 
 
-def rope(about: dict, hf: dict, *, phi: bool = False) -> Rope:
-    """Rope facts from transformers' normalised ``rope_parameters``. ``phi``: whether this is the
-    family that rotates a part of every head, and anew when a sequence outgrows a longrope."""
+def rope(about: dict, hf: dict, *, partial: bool = False, anew: bool = False) -> Rope:
+    """Rope facts from transformers' normalised ``rope_parameters``. ``partial``: whether the family
+    can rotate a part of every head; ``anew``: whether it rotates all positions anew when a sequence
+    outgrows a longrope."""
     kind = about.get("rope_type", "default")
     longest = hf["max_position_embeddings"]
     original = about.get("original_max_position_embeddings") or longest
     words: dict[str, Any] = {"kind": kind, "theta": float(about["rope_theta"])}
     if (rotated := about.get("partial_rotary_factor")) not in (None, 1.0):
-        if not phi:
+        if not partial:
             raise CheckpointError(f"partial_rotary_factor: {hf['model_type']} rotates whole heads")
         words["rotated"] = float(rotated)
-    if kind == "longrope" and not phi:
+    if kind == "longrope" and not anew:
         raise CheckpointError(f"rope_type='longrope': known for phi3, not for {hf['model_type']}")
     match kind:
         case "default":

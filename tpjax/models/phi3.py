@@ -18,5 +18,5 @@ FUSED = {
 
 @family("phi3", names=names(FUSED, NORMS))
 def phi3(hf: dict) -> ModelConfig:
-    turning = rope(hf["rope_parameters"], hf, phi=True)
+    turning = rope(hf["rope_parameters"], hf, partial=True, anew=True)
     return decoder(hf, rope=turning, **windows(hf, hf["sliding_window"], by_layer=False))

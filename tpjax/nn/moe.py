@@ -15,7 +15,7 @@ from tpjax.plan import Plan
 
 class MoE(nnx.Module):
     """The chosen experts' outputs by their shares and, where there is one, the shared expert's by
-    its gate; all in one sum over the devices."""
+    its gate; all in one sum over the devices, if they are split alike."""
 
     def __init__(self, config: ModelConfig, plan: Plan):
         moe, dtype = config.moe, config.dtype

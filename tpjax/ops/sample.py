@@ -163,6 +163,6 @@ def collectives(plan: Plan) -> dict[str, int]:
         "logprobs": 3,
     }
     replicas = {"which branch": 4, "tokens and logprobs": 4, "last token": 1}
-    split = 1 if plan.tensor_degree > 1 else 0
+    split = 1 if plan.shards("vocab") > 1 else 0
     copies = 1 if plan.data > 1 else 0
     return {"all-gather": split * sum(vocab.values()) + copies * sum(replicas.values())}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from tpjax.config import ModelConfig
+from tpjax.config import ModelConfig, itemsize
 from tpjax.parallel.degrees import AXES, fitted
 from tpjax.parallel.dims import Dim, Heads, MeshAxes, place_heads
 from tpjax.parallel.rules import Rules
@@ -135,6 +135,14 @@ class Layout:
         """The mesh axes along which devices hold the same key/value heads."""
         kv = self.mesh_axes("kv_heads")
         return tuple(a for a in self.mesh_axes("heads") if a not in kv)
+
+
+def bytes_summed(config: ModelConfig, module: str) -> int:
+    """Bytes of one token that a module's all-reduce sums: of the embedding in the model's dtype, of
+    products in float32."""
+    if module == "embed":
+        return (config.embed_in or config.embed) * itemsize(config.dtype)
+    return 4 * config.embed
 
 
 def module_of(path: str) -> str:

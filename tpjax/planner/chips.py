@@ -54,7 +54,7 @@ class Chip:
     target: str | None = None
 
     def peak(self, dtype: str) -> float:
-        """Operations per second with operands of this dtype, or of the next wider one it has."""
+        """Operations per second with operands of this dtype; of bfloat16 where it is not told."""
         for wider in (dtype, "bfloat16"):
             if wider in self.flops:
                 return self.flops[wider]
@@ -73,9 +73,13 @@ class Hardware:
     def total(self) -> int:
         return self.devices * self.nodes
 
+    def crosses(self, degree: int) -> bool:
+        """Whether some group of ``degree`` neighbours has devices of several nodes."""
+        return self.nodes > 1 and (degree > self.devices or self.devices % degree > 0)
+
     def link(self, degree: int) -> Link:
         """The slowest link among ``degree`` neighbours."""
-        return self.chip.link if degree <= self.devices else self.chip.network
+        return self.chip.network if self.crosses(degree) else self.chip.link
 
     def __str__(self) -> str:
         nodes = f" x {self.nodes} nodes" if self.nodes > 1 else ""

@@ -11,7 +11,6 @@ from tpjax.config import DTYPES
 from tpjax.errors import UsageError
 from tpjax.planner import chips, models, report, search
 
-EIGHT_BITS = ("int8", "float8")
 DEFAULT_CONTEXT = 8192
 
 
@@ -19,9 +18,6 @@ def plan(args: argparse.Namespace) -> int:
     """Plan, rank, print. Exit code 0 also where nothing fits: that is an answer."""
     model, wish, notes = _wish(args)
     found, refused = search.meshes(wish)
-    if not found:
-        rules = "; ".join(f"{mesh.words}: {mesh.why}" for mesh in refused)
-        raise UsageError(f"no mesh of {wish.hardware} suits {model.name}: {rules}")
     ranked = search.rank(found, args.goal)
     sentence = search.explained(ranked, args.goal, wish)
     plain = replace(ranked[0].layout, unsplit=())
@@ -34,23 +30,21 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         told = report.document(wish, model.name, ranked, refused, sentence, notes)
         if args.explain:
-            told["weights"] = report.weights_of(wish.config, ranked[0].layout, decided)
+            told["weights"] = report.weights_of(wish, ranked[0].layout, decided)
         print(json.dumps(told))
         return 0
     out = report.lines(wish, model.name, ranked, refused, sentence, notes, args.markdown)
     if args.explain:
         out += ["", f"weights on {ranked[0].words}", ""]
-        out += report.explanation(wish.config, ranked[0].layout, decided, args.markdown)
+        out += report.explanation(wish, ranked[0].layout, decided, args.markdown)
     print("\n".join(out))
     return 0
 
 
 def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str]]:
     """What the arguments mean. Raises UsageError for numbers that make no sense."""
-    model, notes = models.find(args.model), []
+    model, notes = models.find(args.model, args.dtype if args.dtype in DTYPES else None), []
     config = model.config
-    if args.dtype in DTYPES:
-        config = replace(config, dtype=args.dtype)
     hardware = chips.parse(args.hardware, Path(args.hardware_file) if args.hardware_file else None)
     context = args.context or min(config.max_position, DEFAULT_CONTEXT)
     for word in ("context", "batch", "prompt", "tensor", "data", "expert", "stage"):
@@ -68,10 +62,8 @@ def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str
         context=context,
         batch=args.batch,
         prompt=min(args.prompt, context),
-        weight_bytes=1 if args.dtype in EIGHT_BITS else None,
-        kv_bytes={"int8": 1, "float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}.get(
-            args.kv_dtype
-        ),
+        weight_dtype=args.dtype or config.dtype,
+        cache_dtype=args.kv_dtype or config.dtype,
         axes=axes,
         patterns=patterns.read(Path(args.plan)) if args.plan else (),
         allow=tuple(args.allow),

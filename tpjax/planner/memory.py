@@ -66,11 +66,11 @@ class Footprint:
         return -(-rows * positions(context) * self.per_token // self.stage)
 
     def memory(self, rows: int, context: int) -> Memory:
-        """With ``rows`` sequences of ``context`` positions: those that are decoded and, if they are
-        several, one more that is being prefilled."""
+        """With ``rows`` sequences of ``context`` positions on each replica: those that are decoded
+        and, unless it is a single one in all, one more that is being prefilled."""
         return Memory(
             weights=self.ends + self.layers,
-            cache=self.cache(rows + (rows > 1), context),
+            cache=self.cache(rows + (rows * self.layout.data > 1), context),
             temporary=max(
                 temporary(self.config, self.layout, rows, 1, context),
                 temporary(self.config, self.layout, 1, min(CHUNK, context), context),
@@ -112,24 +112,37 @@ def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, conte
     stream they come from; or what the sampler makes of the logits."""
     c, size = config, itemsize(config.dtype)
     many = rows * tokens
-    heads = len(layout.heads(c).queries) // layout.shards("heads")
+    attention, dense, sparse = _layers(c, layout)
+    heads = max(len(here.heads(c).queries) // here.shards("heads") for here in attention)
     scores = many * heads * positions(context) * (4 + size)
-    vocab = layout.dim("vocab", c.vocab).size // layout.shards("vocab")
-    width = layout.dim("mlp", c.mlp).size // layout.shards("mlp")
+    head = layout.at("embed" if c.tie_embeddings else "head")
+    vocab = head.dim("vocab", c.vocab).size // head.shards("vocab")
+    width = max((h.dim("mlp", c.mlp).size // h.shards("mlp") for h in dense), default=0)
     # The residual stream and, of several devices, a partial sum in float32.
     stream = many * c.embed * (2 * size if layout.tensor_degree == 1 else 2 * size + 3)
-    inside = max(many * width * (4 + size), _of_experts(c, layout, many))
+    mixture = max((_of_experts(c, here, many) for here in sparse), default=0)
+    inside = max(many * width * (4 + size), mixture)
     sampled = 16 * rows * vocab
     return max(scores + stream, stream + inside, sampled) + MIB
 
 
-def _of_experts(config: ModelConfig, layout: Layout, rows: int) -> int:
+def _layers(config: ModelConfig, layout: Layout) -> tuple[list[Layout], list[Layout], list[Layout]]:
+    """The distinct layouts of attention, of MLPs and of mixtures; one each, unless a plan leaves
+    some layers whole."""
+    kinds: tuple[dict[Layout, None], ...] = ({}, {}, {})
+    for n in range(config.layers):
+        sparse = config.is_sparse(n)
+        kinds[0][layout.at(f"blocks.{n}.attn")] = None
+        kinds[1 + sparse][layout.at(f"blocks.{n}.{'moe' if sparse else 'mlp'}")] = None
+    attention, dense, mixtures = map(list, kinds)
+    return attention, dense, mixtures
+
+
+def _of_experts(config: ModelConfig, here: Layout, rows: int) -> int:
     """Two matrices of an expert, where its rows are multiplied together and it is not alone on its
     device: they are cut out first. And what is made of all rows so far, in float32."""
     moe = config.moe
-    if moe is None:
-        return 0
-    here = next(layout.at(f"blocks.{n}.moe") for n in range(config.layers) if config.is_sparse(n))
+    assert moe is not None
     experts, width = here.dim("experts", moe.experts), here.dim("expert_mlp", moe.mlp)
     local = experts.size // here.shards("experts")
     if moe.pair_by_pair(rows, local):

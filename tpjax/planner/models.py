@@ -46,16 +46,17 @@ def known(name: str) -> Model | None:
     return None
 
 
-def find(name: str) -> Model:
-    """The model a word means. Raises CheckpointError or UsageError, with the nearest names."""
+def find(name: str, dtype: str | None = None) -> Model:
+    """The model a word means, computing in ``dtype`` or in its checkpoint's. Raises CheckpointError
+    or UsageError, with the nearest names."""
     if os.path.exists(os.path.expanduser(name)) and name:
-        return _read(Path(os.path.expanduser(name)), name)
+        return _read(Path(os.path.expanduser(name)), name, dtype)
     if model := known(name):
-        return model
+        return replace(model, config=replace(model.config, dtype=dtype or model.config.dtype))
     if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
         from tpjax.checkpoint.folder import locate
 
-        return _read(locate(name, weights=None), name)
+        return _read(locate(name, weights=None), name, dtype)
     names = [key.removesuffix("-instruct") for key in table()]
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     raise UsageError(
@@ -64,11 +65,11 @@ def find(name: str) -> Model:
     )
 
 
-def _read(path: Path, name: str) -> Model:
+def _read(path: Path, name: str, dtype: str | None) -> Model:
     from tpjax.checkpoint.folder import config_only, read_folder, with_dtype
 
     folder = read_folder(path) if path.is_dir() else config_only(path)
-    dtype = folder.stored_dtype
+    dtype = dtype or folder.stored_dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CheckpointError(f"{path}: dtype {dtype!r} is not known here; give --dtype")
     return Model(name, with_dtype(folder.config, dtype))

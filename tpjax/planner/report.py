@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from tpjax.config import ModelConfig
 from tpjax.inventory import Weight, weights
 from tpjax.parallel.layout import Layout
 from tpjax.planner.memory import USABLE, Memory, usable
@@ -110,10 +109,8 @@ def lines(
 
 def words_of(wish: Wish) -> str:
     """``bfloat16 weights``, and the cache's dtype if it is another."""
-    size = {1: "8-bit"}
-    held = size.get(wish.weight_bytes or 0, wish.config.dtype)
-    kept = size.get(wish.kv_bytes or 0, wish.config.dtype)
-    return f"{held} weights" + (f", {kept} cache" if kept != held else "")
+    kept = f", {wish.cache_dtype} cache" if wish.cache_dtype != wish.weight_dtype else ""
+    return f"{wish.weight_dtype} weights{kept}"
 
 
 def document(
@@ -134,6 +131,8 @@ def document(
             "usable_bytes": usable(wish.hardware.chip),
             "source": wish.hardware.chip.source,
         },
+        "weight_dtype": wish.weight_dtype,
+        "cache_dtype": wish.cache_dtype,
         "batch": wish.batch,
         "context": wish.context,
         "prompt": wish.prompt,
@@ -172,12 +171,12 @@ def _step(step: Step) -> dict:
 
 
 def explanation(
-    config: ModelConfig, layout: Layout, decided: Mapping[str, str], markdown: bool = False
+    wish: Wish, layout: Layout, decided: Mapping[str, str], markdown: bool = False
 ) -> list[str]:
     """A line for every weight, equal layers together: what decided, axes, sharding and bytes.
     ``decided``: of each weight that a pattern decided, the pattern."""
     alike: dict[tuple, list[Weight]] = {}
-    for weight in weights(config, layout):
+    for weight in weights(wish.config, layout, wish.weight_bytes):
         key = (_template(weight), decided.get(weight.path), weight.axes, weight.dims)
         alike.setdefault(key, []).append(weight)
     body = [
@@ -196,7 +195,7 @@ def explanation(
     return table(head, body, markdown)
 
 
-def weights_of(config: ModelConfig, layout: Layout, decided: Mapping[str, str]) -> list[dict]:
+def weights_of(wish: Wish, layout: Layout, decided: Mapping[str, str]) -> list[dict]:
     """Every weight, for a program."""
     return [
         {
@@ -207,7 +206,7 @@ def weights_of(config: ModelConfig, layout: Layout, decided: Mapping[str, str]) 
             "split_over": [list(names) for names in weight.axes],
             "bytes_per_device": weight.bytes_per_device,
         }
-        for weight in weights(config, layout)
+        for weight in weights(wish.config, layout, wish.weight_bytes)
     ]
 
 

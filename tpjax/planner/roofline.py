@@ -7,7 +7,8 @@ published measurements (BENCHMARKS.md, "Predictions beside published measurement
 B sequences of one replica, S cache positions, T tokens, L layers, D embed.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 from tpjax.config import ModelConfig
 from tpjax.inventory import Weight
@@ -99,13 +100,26 @@ class Roofline:
         self.read = 0.0  # bytes of what every token is multiplied with
         self.experts = 0.0  # bytes of all experts here
         self.products = 0.0  # elements a token is multiplied with here
+        self.head = 0.0  # those that make logits
+        self.local_experts = 1
+        self.heads = 0  # query heads of all layers here
+        for n in range(config.layers):
+            here = layout.at(f"blocks.{n}.attn")
+            self.heads += len(here.heads(config).queries) // here.shards("heads")
+            if not layout.unsplit:
+                self.heads *= config.layers
+                break
         moe = config.moe
         for weight in held.inventory:
             if not multiplied(weight, config):
                 continue
             elements = weight.bytes_per_device / weight.itemsize
-            if moe is not None and weight.dims[0].axis == "experts":
+            if weight.path in ("head", "embed.w"):  # of the last token only
+                self.read += weight.bytes_per_device
+                self.head += elements
+            elif moe is not None and weight.dims[0].axis == "experts":
                 self.experts += weight.bytes_per_device
+                self.local_experts = weight.dims[0].size // weight.parts[0]
                 self.products += elements * moe.per_token / moe.experts
             else:
                 self.read += weight.bytes_per_device
@@ -119,10 +133,10 @@ class Roofline:
         bytes_ = self.read
         if c.moe is not None:
             untouched = (1 - c.moe.per_token / c.moe.experts) ** many
-            bytes_ += self.experts * (1 - untouched)
-        heads = len(self.layout.heads(c).queries) // self.layout.shards("heads")
-        scores = 4 * many * context * c.layers * heads * c.head_dim
-        flops = 2 * many * self.products + scores
+            # The busiest device decides, and every device reads one of its own at least.
+            bytes_ += self.experts * max(1 - untouched, 1 / self.local_experts)
+        scores = 4 * many * context * self.heads * c.head_dim
+        flops = 2 * (many * self.products + rows * self.head) + scores
         return Step(
             weights=bytes_ / (stack.weights * chip.bandwidth),
             arithmetic=flops / (stack.arithmetic * self.peak),
@@ -133,7 +147,7 @@ class Roofline:
 
     def _communication(self, many: int) -> float:
         degree = self.layout.tensor_degree
-        if self.stack.layer == 0 and self.stack.step == 0:  # the limit
+        if self.stack == LIMIT:
             return 0.0
         bytes_ = many * self.config.embed * self.stack.sum_bytes
         time = self.sums * self._all_reduce(bytes_, degree)
@@ -143,8 +157,10 @@ class Roofline:
         return time
 
     def _all_reduce(self, bytes_: float, degree: int) -> float:
-        inside = min(degree, self.hardware.devices)
-        nodes = -(-degree // inside)
+        inside = degree
+        if self.hardware.crosses(degree):
+            inside = math.gcd(degree, self.hardware.devices)
+        nodes = degree // inside
         link = self.hardware.chip.link
         time = all_reduce(bytes_, inside, link, self.stack.one_shot)
         if nodes > 1:  # each device has the sum of a part of the bytes, and exchanges that
@@ -214,8 +230,3 @@ def all_reduce(
     if one_shot and link.direct:
         ways += [5.5e-6 + (n - 1) * bytes_ / wire, 11e-6 + ring]
     return min(ways)
-
-
-def faster(stack: Stack, **numbers) -> Stack:
-    """A stack with some numbers changed."""
-    return replace(stack, **numbers)

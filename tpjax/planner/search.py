@@ -1,5 +1,6 @@
 """Every sensible mesh for a model on some hardware: whether it fits, how fast it can be; ranked."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,34 +8,40 @@ from typing import Any
 from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.parallel.degrees import even_degrees, nearest, refusal
-from tpjax.parallel.layout import Layout
+from tpjax.parallel.layout import Layout, bytes_summed
 from tpjax.patterns import Patterns, decide
 from tpjax.planner.chips import Hardware
 from tpjax.planner.memory import Footprint, Memory, usable
 from tpjax.planner.roofline import LIMIT, TPJAX, Roofline, Stack, Step
 
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 GOALS = ("latency", "throughput", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
     """What is to run. ``batch``: sequences at once, all replicas together; ``context``: positions
-    of each. ``weight_bytes``, ``kv_bytes``: of an element, where not the model's dtype."""
+    of each."""
 
     config: ModelConfig
     hardware: Hardware
     context: int
     batch: int = 1
     prompt: int = 512
-    weight_bytes: int | None = None
-    kv_bytes: int | None = None
+    weight_dtype: str = ""  # by default the model's
+    cache_dtype: str = ""
     axes: dict[str, int] = field(default_factory=dict)  # sizes that are given
     patterns: Patterns = ()
     allow: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"weight_bytes": self.weight_bytes, "kv_bytes": self.kv_bytes}
+        return {"weight_bytes": self.weight_bytes, "kv_bytes": _SIZES.get(self.cache_dtype)}
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Of an element of what is multiplied, if it is not the model's dtype."""
+        return 1 if _SIZES.get(self.weight_dtype) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class Mesh:
         shape = {"data": self.layout.data, "stage": self.stage} | {
             a: n for a, n in self.layout.shape.items() if a != "data"
         }
-        return " x ".join(f"{a}={n}" for a, n in shape.items() if n > 1) or "tensor=1"
+        return words({a: n for a, n in shape.items() if n > 1}) or "tensor=1"
 
 
 @dataclass(frozen=True)
@@ -78,46 +85,53 @@ class Refused:
 def meshes(wish: Wish, stack: Stack = TPJAX) -> tuple[list[Mesh], list[Refused]]:
     """All that use every device, or those of the axes given. Raises UsageError for given axes that
     are not the number of devices."""
-    n = wish.hardware.total
-    given = wish.axes
-    product = 1
-    for size in given.values():
-        product *= size
-    if n % product or (len(given) == 4 and product != n):
-        words = " x ".join(f"{a}={size}" for a, size in given.items())
-        raise UsageError(f"{words} does not make {wish.hardware}: {product} of {n} devices")
+    n, given = wish.hardware.total, wish.axes
+    product, asked = math.prod(given.values()), words(given) or "no axis"
+    if n % product:
+        raise UsageError(f"{asked} does not make {wish.hardware}: {product} of {n} devices")
     found, refused = [], []
-    for data, stage, expert, tensor in _splits(n, wish.config):
+    for data, stage, expert, tensor in _splits(n, wish):
         sizes = {"data": data, "stage": stage, "expert": expert, "tensor": tensor}
         if any(sizes[axis] != size for axis, size in given.items()):
             continue
-        words = " x ".join(f"{a}={s}" for a, s in sizes.items() if s > 1) or "tensor=1"
+        name = words({a: s for a, s in sizes.items() if s > 1}) or "tensor=1"
         if why := refusal(wish.config, expert, tensor, 1):
             near = nearest(wish.config, expert, expert * tensor)
-            refused.append(Refused(words, f"{why}: {near}"))
+            refused.append(Refused(name, f"{why}: {near}"))
         elif wish.config.layers % stage:
             refused.append(
-                Refused(words, f"stage={stage} does not divide {wish.config.layers} layers")
+                Refused(name, f"stage={stage} does not divide {wish.config.layers} layers")
             )
         else:
             layout = Layout.of(data=data, expert=expert, tensor=tensor).fit(wish.config)
-            if wish.patterns:
-                layout = decide(wish.config, layout, wish.patterns, wish.allow).applied(layout)
+            try:
+                if wish.patterns:
+                    layout = decide(wish.config, layout, wish.patterns, wish.allow).applied(layout)
+            except UsageError as error:
+                refused.append(Refused(name, str(error)))
+                continue
             found.append(consider(wish, layout, stage, stack))
+    if not found:
+        if not refused:
+            raise UsageError(f"{asked} does not make {wish.hardware}: {product} of {n} devices")
+        why = "; ".join(dict.fromkeys(mesh.why for mesh in refused))
+        raise UsageError(f"no mesh of {wish.hardware} suits this model: {why}")
     return found, refused
 
 
-def _splits(n: int, config: ModelConfig) -> Iterator[tuple[int, int, int, int]]:
+def words(sizes: dict[str, int]) -> str:
+    """``data=2 x tensor=4``."""
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _splits(n: int, wish: Wish) -> Iterator[tuple[int, int, int, int]]:
     def divisors(m: int) -> list[int]:
         return [d for d in range(1, m + 1) if m % d == 0]
 
     for data in divisors(n):
         for stage in divisors(n // data):
-            if stage > config.layers:
-                continue
-            for expert in divisors(n // data // stage) if config.moe else [1]:
-                if config.moe and config.moe.experts % expert:
-                    continue
+            mixture = wish.config.moe is not None or "expert" in wish.axes
+            for expert in divisors(n // data // stage) if mixture else [1]:
                 yield data, stage, expert, n // data // stage // expert
 
 
@@ -131,7 +145,7 @@ def consider(wish: Wish, layout: Layout, stage: int, stack: Stack = TPJAX) -> Me
     # With stages, a batch is cut so that each stage always has a part of it.
     parts = min(stage, rows)
     step = line.decode(-(-rows // parts), wish.context)
-    token = step.total * max(1.0, parts / stage)
+    token = step.total
     best = line.limited_by(LIMIT).decode(-(-rows // parts), wish.context).total
     first = line.prefill(wish.prompt, max(wish.context, wish.prompt)).total
     return Mesh(
@@ -144,10 +158,10 @@ def consider(wish: Wish, layout: Layout, stage: int, stack: Stack = TPJAX) -> Me
         decode=step,
         first_token=first,
         per_user=1 / token,
-        total=min(wish.batch, rows * layout.data) / token,
+        total=wish.batch / token,
         share_of_limit=best / step.total,
         sums=line.sums,
-        sum_bytes=line.sums * config.embed * 4,
+        sum_bytes=sum(bytes_summed(config, where) for where, _ in layout.sums(config)),
         padding=padding(config, layout),
         warnings=tuple(_warnings(wish, layout, stage)),
     )
@@ -178,7 +192,7 @@ def padding(config: ModelConfig, layout: Layout) -> tuple[str, ...]:
 def _warnings(wish: Wish, layout: Layout, stage: int) -> Iterator[str]:
     hardware, degree = wish.hardware, layout.tensor_degree
     link, network = hardware.chip.link, hardware.chip.network
-    if degree > hardware.devices:
+    if hardware.crosses(degree):
         yield (
             f"its sums cross nodes: {network.kind}, {network.gbs:g} GB/s a device, where inside"
             f" a node {link.kind} has {link.gbs:g}"
@@ -187,8 +201,10 @@ def _warnings(wish: Wish, layout: Layout, stage: int) -> Iterator[str]:
         yield f"its sums go through the host: {link.kind}, {link.gbs:g} GB/s"
     if stage > 1:
         yield "tpjax does not run stages yet: planned only"
-    if wish.weight_bytes == 1 or wish.kv_bytes == 1:
+    if wish.weight_bytes == 1:
         yield "tpjax does not run 8 bits yet: planned only"
+    if wish.cache_dtype not in ("", wish.config.dtype):
+        yield "tpjax's cache has the model's dtype: another is planned only"
 
 
 def rank(found: list[Mesh], goal: str) -> list[Mesh]:
