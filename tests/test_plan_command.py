@@ -76,6 +76,8 @@ def test_70b_on_eight_h100s(capsys):
     assert one["all_reduces_per_token"] == 161
     assert one["all_reduce_bytes_per_token"] == 160 * 8192 * 4 + 8192 * 2
     assert not mesh_of(plan, data=8)["fits"]
+    assert one["prefill_seconds"]["total"] == one["first_token_seconds"]
+    assert one["prefill_seconds"]["communication"] > one["decode_seconds"]["communication"]
     parts = one["decode_seconds"]
     assert parts["total"] == pytest.approx(1 / one["tokens_per_second_per_user"])
     # 17.6 GB less the embedding at 90 % of 3.35 TB/s

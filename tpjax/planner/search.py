@@ -56,7 +56,7 @@ class Mesh:
     most_batch: int  # at the context
     longest_context: int  # at the batch
     decode: Step
-    first_token: float  # seconds, of one prompt
+    prefill: Step  # of one prompt: the time to its first token
     per_user: float
     total: float
     share_of_limit: float
@@ -147,7 +147,6 @@ def consider(wish: Wish, layout: Layout, stage: int, stack: Stack = TPJAX) -> Me
     step = line.decode(-(-rows // parts), wish.context)
     token = step.total
     best = line.limited_by(LIMIT).decode(-(-rows // parts), wish.context).total
-    first = line.prefill(wish.prompt, max(wish.context, wish.prompt)).total
     return Mesh(
         layout=layout,
         stage=stage,
@@ -156,7 +155,7 @@ def consider(wish: Wish, layout: Layout, stage: int, stack: Stack = TPJAX) -> Me
         most_batch=held.most_rows(wish.context, most) * layout.data,
         longest_context=held.longest_context(rows, most),
         decode=step,
-        first_token=first,
+        prefill=line.prefill(wish.prompt, max(wish.context, wish.prompt)),
         per_user=1 / token,
         total=wish.batch / token,
         share_of_limit=best / step.total,
