@@ -42,7 +42,7 @@ def test_the_other_sum_algorithm_is_two_halves():
     assert audit.findings() == []
 
 
-@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.extra)])
 def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(data):
     """XLA's default would copy every weight to float32 on every call; see nn/linear.py. One row,
     and one row per replica, are the hard cases."""
@@ -59,12 +59,13 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(data):
 
 
 @pytest.mark.slow
-def test_llama_70b_decode_for_eight_h100s():
-    """161 all-reduces, no copy above 1 MiB, the cache in place and next to nothing beside it:
-    batch 1, context 8192, the whole model, by the real compiler."""
-    audit = audited(published("llama-3.1-70b-instruct"), "decode[b1]")
+@pytest.mark.parametrize("layers", [16, pytest.param(80, marks=pytest.mark.extra)])
+def test_llama_70b_decode_for_eight_h100s(layers):
+    """Two all-reduces a layer and one, no copy above 1 MiB, the cache in place and next to nothing
+    beside it: batch 1, context 8192, by the real compiler; when asked for, the whole model."""
+    audit = audited(published("llama-3.1-70b-instruct", layers), "decode[b1]")
     assert audit.findings() == []
-    assert kinds(audit.text)["all-reduce"] == 161 == len(audit.sums())
+    assert kinds(audit.text)["all-reduce"] == 2 * layers + 1 == len(audit.sums())
     assert audit.memory.temp_size_in_bytes < 64 * MIB
 
 

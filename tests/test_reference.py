@@ -38,6 +38,7 @@ class Case:
 MESHES = {
     "tensor=1": Case((1, 1, 1)),
     "tensor=2": Case((1, 2, 1)),
+    "tensor=4": Case((1, 4, 1)),
     "tensor=8": Case((1, 8, 1), MHA),
     "tensor=4 x rep=2, long": Case(
         (1, 4, 2), max_model_len=2 * LARGE, lengths=(3, SMALL + 1, MIDDLE + 6, LARGE + 6)
@@ -55,7 +56,16 @@ CASES = MESHES | {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+EXTRA = ("tensor=2", "tensor=4", "tensor=2 x rep=4")  # what others cover, and test_families.py
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id=name, marks=pytest.mark.extra if name in EXTRA else ())
+        for name, case in CASES.items()
+    ],
+)
 def case(request, tiny_model):
     """A case, and its model here and in transformers."""
     case = request.param
