@@ -141,15 +141,17 @@ def test_a_dry_run_tells_what_a_degree_costs(capsys):
 
 
 def test_405_billion_parameters_in_seconds():
-    """From a config alone: under 5 s and 500 MB, Python's start included. A processor's seconds,
-    since the machine may be busy with something else, and the best of three."""
-    for _ in range(3):
-        done = memory.run(["convert", str(BIG), "--dry-run", "--tensor", "8", "--json"])
-        if done["processor_seconds"] < 5:
-            break
-    assert done["exit"] == 0 and done["peak"] < 500e6 and done["processor_seconds"] < 5, {
-        name: value for name, value in done.items() if name != "said"
-    }
+    """From a config alone, in less than 500 MB: under 5 s on a machine that has nothing else to do;
+    here in at most three times what importing the libraries takes, in a processor's seconds."""
+    imports = "import sys; sys.modules['torch'] = None; import flax.nnx; "
+    imports += "from transformers import CONFIG_MAPPING; CONFIG_MAPPING['llama']"
+    before = memory.processors()
+    subprocess.run([sys.executable, "-c", imports], check=True, capture_output=True)
+    importing = memory.processors() - before
+    done = memory.run(["convert", str(BIG), "--dry-run", "--tensor", "8", "--json"])
+    seen = {name: value for name, value in done.items() if name != "said"}
+    assert done["exit"] == 0 and done["peak"] < 500e6, seen
+    assert done["processor_seconds"] < max(5.0, 3 * importing), (seen, importing)
     plan = json.loads(done["said"])
     assert plan["parameters"] == 405_853_388_800
     assert plan["source_bytes"] == 2 * plan["parameters"]

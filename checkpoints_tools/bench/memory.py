@@ -35,7 +35,7 @@ def run(words: list[str], group: Path | None = None) -> dict:
         assert group is not None
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    start, busy, peak = time.perf_counter(), _processors(), 0
+    start, busy, peak = time.perf_counter(), processors(), 0
     with tempfile.TemporaryFile("w+") as said:  # a pipe nobody reads would fill up
         child = subprocess.Popen(
             [sys.executable, "-m", "checkpoints_tools", *words],
@@ -50,13 +50,13 @@ def run(words: list[str], group: Path | None = None) -> dict:
         return {
             "peak": peak,
             "seconds": round(seconds, 1),
-            "processor_seconds": round(_processors() - busy, 1),
+            "processor_seconds": round(processors() - busy, 1),
             "exit": child.returncode,
             "said": said.read(),
         }
 
 
-def _processors() -> float:
+def processors() -> float:
     """Seconds that processors worked for the children this process has waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
