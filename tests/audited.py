@@ -7,8 +7,9 @@ import jax
 
 from tpjax.audit import targets
 from tpjax.audit.verdict import Audit
+from tpjax.buckets import Buckets
 from tpjax.config import ModelConfig
-from tpjax.executables import Buckets, Executables
+from tpjax.executables import Executables
 from tpjax.parallel.mesh import make_mesh
 from tpjax.parallel.rules import Rules
 from tpjax.patterns import Patterns

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix="tpjax-test-cache-")
@@ -14,6 +15,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from tpjax import env  # noqa: E402
+from tpjax.ops import sample  # noqa: E402
 
 env.start()
 
@@ -64,3 +66,10 @@ def folder(tiny_model, tmp_path):
     """A whole, loadable checkpoint of one layer, for a test to damage."""
     made, _ = tiny_model(num_hidden_layers=1)
     return shutil.copytree(made, tmp_path / "model")
+
+
+@pytest.fixture
+def greedy(monkeypatch):
+    """A sampler for greedy requests only. It knows no families, and is most of what is compiled;
+    the whole of it is in test_hlo.py and in `tpjax audit`."""
+    monkeypatch.setattr(sample, "_any", lambda flag_B, axes: jnp.bool_(False))

@@ -17,7 +17,7 @@ from tpjax.cli import main
 from tpjax.config import ModelConfig
 from tpjax.nn import embed, linear, mlp, norm, param
 from tpjax.nn.attention import Attention
-from tpjax.ops import attention, sample
+from tpjax.ops import attention
 from tpjax.parallel import collectives
 from tpjax.parallel.rules import Rules
 
@@ -25,11 +25,6 @@ LLAMA = published("llama-3.1-8b-instruct", 2)
 SMALL = ModelConfig(
     family="llama", vocab=8192, embed=64, layers=2, heads=8, kv_heads=8, head_dim=8, mlp=96
 )
-
-
-@pytest.fixture
-def greedy(monkeypatch):
-    monkeypatch.setattr(sample, "_any", lambda flag_B, axes: jnp.bool_(False))
 
 
 # --- mistakes: each patches one thing, and says what must be found

@@ -11,12 +11,13 @@ from safetensors.numpy import save_file
 
 import tpjax
 from tests.reference import distance
+from tpjax.buckets import Buckets
 from tpjax.checkpoint import load
 from tpjax.checkpoint.safetensors import SINGLE, SafetensorsFolder
 from tpjax.checkpoint.tensors import Tensors
 from tpjax.config import MoE
 from tpjax.errors import UsageError
-from tpjax.executables import Buckets, Executables
+from tpjax.executables import Executables
 from tpjax.models import find
 from tpjax.padding import padding
 from tpjax.parallel.degrees import even_degrees, spread

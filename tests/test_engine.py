@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpjax.buckets import Buckets
 from tpjax.engine.engine import Engine
-from tpjax.executables import Buckets
 
 
 @given(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tpjax import sampling
 from tpjax.bench.decode import bytes_per_step
+from tpjax.buckets import Buckets
 from tpjax.checkpoint.folder import bundled
 from tpjax.config import ModelConfig, MoE
 from tpjax.engine.llm import LLM
-from tpjax.executables import Buckets
 from tpjax.parallel.mesh import make_mesh
 from tpjax.params import Row, SamplingParams
 from tpjax.plan import Plan

@@ -10,9 +10,11 @@ from tests.families import FAMILIES
 from tests.published import published
 from tpjax import patterns
 from tpjax.audit.verdict import Audit
+from tpjax.buckets import Buckets
+from tpjax.checkpoint.folder import bundled
 from tpjax.cli import main
 from tpjax.errors import UsageError
-from tpjax.executables import Buckets, Executables
+from tpjax.executables import Executables
 from tpjax.parallel.layout import Layout
 from tpjax.parallel.mesh import make_mesh
 from tpjax.plan import Plan
@@ -147,6 +149,24 @@ def test_a_layer_whole_computes_the_same(tiny_model):
     exe = llm.executables
     audit = Audit(exe["decode[b2]"], exe, "decode[b2]")
     assert audit.findings() == [] and len(audit.sums()) == 2 * llm.config.layers + 1 - 2
+
+
+def test_generate_takes_a_plan(tmp_path, capsys):
+    """The same text, every layer whole on each device; and what is no plan is refused first."""
+    file = tmp_path / "plan.json"
+    file.write_text('{"blocks.*": [null, null], "embed": ["tensor", "embed"]}')
+    words = ["generate", "--quiet", "--max-tokens", "8", "--temperature", "0", "-tp", "2"]
+    assert main(words) == 0
+    usual = capsys.readouterr().out
+    assert main([*words, "--plan", str(file), "--allow", "blocks.*"]) == 0
+    assert capsys.readouterr().out == usual
+    assert main([*words, "--plan", str(file)]) == 2
+    assert "--allow blocks.0.attn.q.w" in capsys.readouterr().err
+    assert main([*words, "--allow", "embed"]) == 2
+    assert "--allow embed: is for --plan FILE" in capsys.readouterr().err
+    plan = Plan.from_patterns({"blocks.*": WHOLE}, mesh=make_mesh(tensor=2))
+    with refused(UsageError, "give patterns once"):
+        tpjax.LLM(bundled(), plan=plan, patterns={"blocks.*": WHOLE})
 
 
 # --- transformers' plans

@@ -14,17 +14,10 @@ from tests.budgets import CASES
 from tests.published import published, resolved
 from tpjax.checkpoint.folder import with_dtype
 from tpjax.models import FAMILIES
-from tpjax.ops import experts, sample
+from tpjax.ops import experts
 from tpjax.planner.memory import MIB
 
 BUDGETS = json.loads(budgets.FILE.read_text())
-
-
-@pytest.fixture
-def greedy(monkeypatch):
-    """A sampler for greedy requests only. It knows no families, and is most of what is compiled;
-    the whole of it is in test_hlo.py and in `tpjax audit`."""
-    monkeypatch.setattr(sample, "_any", lambda flag_B, axes: jnp.bool_(False))
 
 
 def found_in(config, step: str, hardware: str = "h100:8", **more) -> list[str]:

@@ -12,8 +12,8 @@ import transformers
 import tpjax
 from tests import reference, tiny
 from tests.reference import agrees, distance, load, prompt
+from tpjax.buckets import CHUNKS
 from tpjax.checkpoint import folder as folders
-from tpjax.executables import CHUNKS
 
 BFLOAT16 = 0.08  # of the largest logit; 0.04 to 0.06 measured, and as much by transformers itself
 SMALL, MIDDLE, LARGE = CHUNKS

@@ -98,6 +98,7 @@ def _add_generate(commands) -> None:
     )
     add("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
     _add_mesh(parser)
+    _add_patterns(parser)
     add("--verify", choices=("fast", "full"), help="how to check a tpjax checkpoint; default: fast")
     add("--max-model-len", type=int, metavar="N", help="prompt plus generated tokens")
     add("--max-tokens", type=int, default=128, metavar="N", help="default: %(default)s")

@@ -12,6 +12,8 @@ XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
 TRANSFORMERS_NO_ADVISORY_WARNINGS
     transformers is used without torch on purpose and need not warn about it.
+TPU_SKIP_MDS_QUERY, ALLOW_MULTIPLE_LIBTPU_LOAD, to compile for TPUs where there is none
+    Their compiler would ask a cloud's server which TPU this is, and run in one process at a time.
 ``sys.modules["torch"]``, in the commands' own processes
     transformers imports torch wherever it is installed, for nothing that tpjax asks of it: 2.6
     seconds and 200 MB at every start.
@@ -82,6 +84,13 @@ def _cache_executables(config) -> None:
     ):
         if option.upper() not in os.environ:
             config.update(option, value)
+
+
+def compile_for_tpus() -> None:
+    """Prepare for a TPU's compiler, before it is loaded."""
+    if not has_accelerator():
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def caches_executables() -> bool:

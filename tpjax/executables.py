@@ -1,7 +1,6 @@
 """Executables: one per bucket, built ahead of time, counted.
 
-Only what changes a shape is in a bucket: tokens per prefill chunk, sequences per decode. The set is
-finite and known from `Buckets` before the first request.
+The set is finite and known from `Buckets` before the first request.
 """
 
 import functools
@@ -14,44 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax import sampling, step
+from tpjax.buckets import DISPATCH, Buckets
 from tpjax.cache import KVCache
 from tpjax.weights import WeightTable
-
-DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
-CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """The shapes that will ever run.
-
-    ``context``: cache positions per sequence, enough for ``max_model_len`` in whole chunks.
-    ``batch``: sequences per decode, all replicas together. ``chunks``: tokens per prefill call.
-    """
-
-    context: int
-    batch: tuple[int, ...]
-    chunks: tuple[int, ...]
-
-    @classmethod
-    def make(cls, max_model_len: int, max_num_seqs: int, data: int) -> "Buckets":
-        chunks = tuple(c for c in CHUNKS if c <= max_model_len) or CHUNKS[:1]
-        context = -(-max_model_len // chunks[-1]) * chunks[-1]
-        rows = [1]
-        while rows[-1] * data < max_num_seqs:
-            rows.append(min(rows[-1] * 2, -(-max_num_seqs // data)))
-        return cls(context, tuple(r * data for r in rows), chunks)
-
-    def batch_for(self, sequences: int) -> int:
-        """The smallest decode bucket for this many sequences; the largest if none is enough."""
-        return next((b for b in self.batch if b >= sequences), self.batch[-1])
-
-    def chunk_sizes(self, tokens: int) -> list[int]:
-        """How a prompt of this length is cut: largest chunks, then one that holds the rest."""
-        largest = self.chunks[-1]
-        whole, rest = divmod(tokens, largest)
-        last = [next(c for c in self.chunks if c >= rest)] if rest else []
-        return [largest] * whole + last
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tpjax.devices import start_devices
 from tpjax.engine.inputs import whole
 from tpjax.errors import UsageError
 from tpjax.params import SamplingParams
+from tpjax.patterns import asked as asked_patterns
 
 DEFAULT_PROMPT = "ROMEO:\n"
 
@@ -24,6 +25,7 @@ def generate(args: argparse.Namespace) -> int:
     asked = {w: getattr(args, w) for w in words if getattr(args, w) is not None}
     asked |= dict(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop))
     check(args, prompts, asked)
+    patterns, allow = asked_patterns(args.plan, args.allow)
     start_devices(args)
     from tpjax.checkpoint.folder import bundled
     from tpjax.engine.llm import LLM
@@ -35,6 +37,8 @@ def generate(args: argparse.Namespace) -> int:
         tensor_parallel_size=args.tensor_parallel_size or "auto",
         data_parallel_size=args.data_parallel_size,
         expert_parallel_size=args.expert_parallel_size,
+        patterns=dict(patterns) or None,
+        allow=allow,
         dtype=args.dtype,
         verify=args.verify,
         max_model_len=args.max_model_len,

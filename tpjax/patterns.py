@@ -68,6 +68,13 @@ class Decided:
         return replace(layout, unsplit=self.unsplit)
 
 
+def asked(plan: str | None, allow: Sequence[str]) -> tuple[Patterns, tuple[str, ...]]:
+    """What ``--plan FILE`` and ``--allow`` say. Raises UsageError."""
+    if allow and not plan:
+        raise UsageError(f"--allow {allow[0]}: is for --plan FILE")
+    return read(Path(plan)) if plan else (), tuple(allow)
+
+
 def read(file: Path) -> Patterns:
     """The patterns of a TOML or JSON file, in its order: a table ``patterns``, or all of it. Raises
     UsageError."""

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 from tpjax import patterns
 from tpjax.audit import targets
@@ -27,6 +26,7 @@ def audit(args: argparse.Namespace) -> int:
         value = getattr(args, word)
         if value is not None and value < 1:
             raise UsageError(f"--{word} {value}: must be 1 or more")
+    plan, allow = patterns.asked(args.plan, args.allow)
     config = model.config
     if args.layers is not None:
         config = models.shortened(config, args.layers)
@@ -40,8 +40,6 @@ def audit(args: argparse.Namespace) -> int:
     if context > config.max_position and not args.quiet:
         beyond = f"context {context} is beyond the {config.max_position} positions of the model"
         print(f"warning: {beyond}", file=sys.stderr)
-    plan = patterns.read(Path(args.plan)) if args.plan else ()
-    allow = tuple(args.allow)
     exe = steps.executables(config, devices, sizes, args.batch, context, plan, allow)
     reports = []
     for name in steps.names(exe, args.step, args.batch):

@@ -1,8 +1,9 @@
 """The steps of a model on some devices, on abstract weights: what an audit compiles."""
 
+from tpjax.buckets import Buckets
 from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
-from tpjax.executables import Buckets, Executables
+from tpjax.executables import Executables
 from tpjax.parallel.mesh import make_mesh
 from tpjax.patterns import Patterns
 from tpjax.plan import Plan

@@ -74,6 +74,7 @@ def _tpu(wanted: chips.Hardware) -> list:
             f"hardware {key}:{wanted.total}: no slice has so many chips;"
             f" there are {', '.join(map(str, _TPU[key]))}"
         )
+    env.compile_for_tpus()
     found = _topology("tpu", topology_name=f"{key}:{shape}")
     return found[: wanted.total]
 

@@ -191,9 +191,10 @@ class Audit:
             stated = int(shards > 1) + (4 if self.plan.data > 1 else 0)
         # A vocabulary of few candidates per device makes some branches impossible; they vanish.
         few = self.config.vocab // shards <= CANDIDATES
-        if self.on_tpu:  # it may split them
+        if self.on_tpu:  # whose compiler may split them
             stated *= 2
-        exact = (self.greedy and self.plan.data == 1) or (self.on_cpu and not few)
+        one = self.greedy and self.plan.data == 1
+        exact = (one and not self.on_tpu) or (self.on_cpu and not few)
         if count > stated or (exact and count != stated):
             yield Finding("collectives", "sampler", f"{count} all-gathers, it states {stated}")
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from tpjax import sampling
+from tpjax.buckets import DISPATCH
 from tpjax.engine.request import Logprob, Request
 from tpjax.errors import RunError
-from tpjax.executables import DISPATCH, Executables
+from tpjax.executables import Executables
 from tpjax.ops.sample import NOT_A_NUMBER, Drawn
 
 LOOK_AHEAD = 32  # waiting requests per replica that may be taken out of turn

@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpjax import env
+from tpjax.buckets import Buckets
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
 from tpjax.engine.chat import Conversation, chat_ids
@@ -18,17 +20,18 @@ from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
 from tpjax.engine.memory import check_memory
 from tpjax.engine.request import Request, RequestOutput
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.executables import Buckets, Executables, OnBuild, fast_on_cpu, silent
+from tpjax.executables import Executables, OnBuild, fast_on_cpu, silent
 from tpjax.padding import padding
 from tpjax.parallel.mesh import check_axes, largest_degree, make_mesh
 from tpjax.params import SamplingParams, refuse_unknown
+from tpjax.patterns import normal
 from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
     "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len,"
-    " max_num_seqs, seed, plan, mesh, verify"
+    " max_num_seqs, seed, plan, mesh, patterns, allow, verify"
 ).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",
@@ -51,7 +54,8 @@ class LLM:
     ``model``: a Hugging Face folder, a hub id or a tpjax checkpoint. ``tensor_parallel_size`` (1,
     or "auto" for the most devices the model allows without padding), ``data_parallel_size`` and
     ``expert_parallel_size`` (whole experts on different devices, times the former) make a mesh;
-    ``mesh`` or ``plan`` give full control instead. ``dtype``: auto, float32, bfloat16 or float16.
+    ``mesh`` or ``plan`` give full control instead; ``patterns`` and ``allow`` say what is split on
+    it, as `Plan.from_patterns` takes them. ``dtype``: auto, float32, bfloat16 or float16.
     ``max_model_len``: prompt plus generated tokens, by default the model's own limit but at most
     4096. ``max_num_seqs``: sequences decoded together, rounded up to whole rows per replica.
     ``seed``: for requests without one. ``verify``: how a tpjax checkpoint is compared with its
@@ -76,6 +80,8 @@ class LLM:
         seed: int = 0,
         plan: Plan | None = None,
         mesh: Mesh | None = None,
+        patterns: Mapping[str, Sequence[str | None] | str] | None = None,
+        allow: Sequence[str] = (),
         verify: Literal["fast", "full"] | None = None,
         random_weights: bool = False,
         progress: load.Progress = iter,
@@ -97,6 +103,10 @@ class LLM:
         if tensor_parallel_size == "auto":
             tensor_parallel_size = self._largest(data_parallel_size, expert_parallel_size, say)
         plan = _one_plan(plan, mesh, tensor_parallel_size, data_parallel_size, expert_parallel_size)
+        if patterns is not None:
+            if plan.patterns:
+                raise UsageError("give patterns once: the plan has some")
+            plan = replace(plan, patterns=normal(patterns), allow=tuple(allow))
         dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
         config = folders.with_dtype(self.folder.config, dtype)
         self.plan, self.config, self.seed = plan.fit(config), config, seed

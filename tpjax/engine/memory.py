@@ -5,9 +5,9 @@ from pathlib import Path
 
 import psutil
 
+from tpjax.buckets import Buckets
 from tpjax.cache import KVCache
 from tpjax.errors import ResourceError
-from tpjax.executables import Buckets
 from tpjax.planner import memory as planned
 from tpjax.weights import WeightTable
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from tpjax import patterns
 from tpjax.config import DTYPES
 from tpjax.errors import UsageError
-from tpjax.planner import chips, models, report, search
+from tpjax.planner import chips, explain, models, search
+from tpjax.planner.report import Answer
 
 DEFAULT_CONTEXT = 8192
 
@@ -19,24 +20,30 @@ def plan(args: argparse.Namespace) -> int:
     model, wish, notes = _wish(args)
     found, refused = search.meshes(wish)
     ranked = search.rank(found, args.goal)
-    sentence = search.explained(ranked, args.goal, wish)
     plain = replace(ranked[0].layout, unsplit=())
     decided = patterns.decide(wish.config, plain, wish.patterns, wish.allow).by if args.plan else {}
-    notes += [] if ranked[0].fits else ["nothing fits"]
+    answer = Answer(
+        name=model.name,
+        wish=wish,
+        ranked=ranked,
+        refused=refused,
+        sentence=search.explained(ranked, args.goal, wish),
+        notes=notes if ranked[0].fits else [*notes, "nothing fits"],
+    )
     if args.plot:
         from tpjax.planner.plot import plot as draw
 
         draw(Path(args.plot), model.name, wish, ranked[0])
     if args.json:
-        told = report.document(wish, model.name, ranked, refused, sentence, notes)
+        told = answer.document()
         if args.explain:
-            told["weights"] = report.weights_of(wish, ranked[0].layout, decided)
+            told["weights"] = explain.documents(wish, ranked[0].layout, decided)
         print(json.dumps(told))
         return 0
-    out = report.lines(wish, model.name, ranked, refused, sentence, notes, args.markdown)
+    out = answer.lines(args.markdown)
     if args.explain:
         out += ["", f"weights on {ranked[0].words}", ""]
-        out += report.explanation(wish, ranked[0].layout, decided, args.markdown)
+        out += explain.lines(wish, ranked[0].layout, decided, args.markdown)
     print("\n".join(out))
     return 0
 
@@ -56,6 +63,7 @@ def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str
             f"context {context} is beyond the {config.max_position} positions of the model"
         )
     axes = {a: getattr(args, a) for a in ("data", "stage", "expert", "tensor") if getattr(args, a)}
+    plan, allow = patterns.asked(args.plan, args.allow)
     wish = search.Wish(
         config=config,
         hardware=hardware,
@@ -65,7 +73,7 @@ def _wish(args: argparse.Namespace) -> tuple[models.Model, search.Wish, list[str
         weight_dtype=args.dtype or config.dtype,
         cache_dtype=args.kv_dtype or config.dtype,
         axes=axes,
-        patterns=patterns.read(Path(args.plan)) if args.plan else (),
-        allow=tuple(args.allow),
+        patterns=plan,
+        allow=allow,
     )
     return model, wish, notes

@@ -8,6 +8,7 @@ compares both with the compiler's own numbers.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tpjax.buckets import CHUNKS, positions
 from tpjax.config import ModelConfig, itemsize
 from tpjax.inventory import weights
 from tpjax.parallel.layout import Layout
@@ -15,8 +16,6 @@ from tpjax.params import COLUMNS
 from tpjax.planner.chips import Chip
 
 MIB = 1 << 20
-CHUNKS = (512, 128, 32)  # tokens per prefill call, as `tpjax.executables` has them
-CHUNK = CHUNKS[0]
 # Of a device's memory, what weights, cache and temporaries may take: jax's allocator gets 92 %
 # (`tpjax.env`), the rest is the driver's, the communication library's and the graphs'.
 USABLE = 0.92
@@ -73,7 +72,7 @@ class Footprint:
             cache=self.cache(rows + (rows * self.layout.data > 1), context),
             temporary=max(
                 temporary(self.config, self.layout, rows, 1, context),
-                temporary(self.config, self.layout, 1, min(CHUNK, context), context),
+                temporary(self.config, self.layout, 1, min(CHUNKS[-1], context), context),
             ),
         )
 
@@ -95,15 +94,10 @@ class Footprint:
     def longest_context(self, rows: int, usable: int) -> int:
         """The longest context at which this many sequences fit, in whole chunks; at most what the
         model has positions for."""
-        chunks = -(-self.config.max_position // CHUNK)
-        most = _largest(lambda n: self.memory(rows, n * CHUNK).total <= usable, chunks)
-        return min(most * CHUNK, self.config.max_position)
-
-
-def positions(context: int) -> int:
-    """Cache positions for this many tokens: whole chunks of prefill."""
-    chunk = next((c for c in CHUNKS if c <= context), CHUNKS[-1])
-    return -(-context // chunk) * chunk
+        chunk = CHUNKS[-1]
+        chunks = -(-self.config.max_position // chunk)
+        most = _largest(lambda n: self.memory(rows, n * chunk).total <= usable, chunks)
+        return min(most * chunk, self.config.max_position)
 
 
 def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, context: int) -> int:

@@ -7,15 +7,16 @@ published measurements (BENCHMARKS.md, "Predictions beside published measurement
 B sequences of one replica, S cache positions, T tokens, L layers, D embed.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
+from tpjax.buckets import CHUNKS
 from tpjax.config import ModelConfig
 from tpjax.inventory import Weight
 from tpjax.planner.chips import Hardware, Link
 from tpjax.planner.memory import USABLE, Footprint
 
-CHUNK = 512  # tokens tpjax prefills per call
 WORKSPACE = 1.5e9  # bytes that systems keep for activations and graphs
 MOST_ROWS = 4096  # sequences at once
 
@@ -37,7 +38,7 @@ class Stack:
     step: float = 100e-6
     one_shot: bool = True
     sum_bytes: int = 2
-    chunk: int = CHUNK
+    chunk: int = CHUNKS[-1]
     memory: float = USABLE
 
 
@@ -196,8 +197,8 @@ class Roofline:
 
     def limited_by(self, stack: Stack) -> "Roofline":
         """The same devices under other software."""
-        other = object.__new__(Roofline)
-        other.__dict__ = self.__dict__ | {"stack": stack}
+        other = copy.copy(self)
+        other.stack = stack
         return other
 
 

@@ -1,0 +1,52 @@
+"""The shapes steps are compiled for. No jax: the planner counts with them too.
+
+Only what changes a shape is in a bucket: tokens per prefill chunk, sequences per decode.
+"""
+
+from dataclasses import dataclass
+
+DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
+CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The shapes that will ever run.
+
+    ``context``: cache positions per sequence, enough for ``max_model_len`` in whole chunks.
+    ``batch``: sequences per decode, all replicas together. ``chunks``: tokens per prefill call.
+    """
+
+    context: int
+    batch: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    @classmethod
+    def make(cls, max_model_len: int, max_num_seqs: int, data: int) -> "Buckets":
+        rows = [1]
+        while rows[-1] * data < max_num_seqs:
+            rows.append(min(rows[-1] * 2, -(-max_num_seqs // data)))
+        batch = tuple(r * data for r in rows)
+        return cls(positions(max_model_len), batch, chunks_within(max_model_len))
+
+    def batch_for(self, sequences: int) -> int:
+        """The smallest decode bucket for this many sequences; the largest if none is enough."""
+        return next((b for b in self.batch if b >= sequences), self.batch[-1])
+
+    def chunk_sizes(self, tokens: int) -> list[int]:
+        """How a prompt of this length is cut: largest chunks, then one that holds the rest."""
+        largest = self.chunks[-1]
+        whole, rest = divmod(tokens, largest)
+        last = [next(c for c in self.chunks if c >= rest)] if rest else []
+        return [largest] * whole + last
+
+
+def chunks_within(context: int) -> tuple[int, ...]:
+    """The chunks no longer than the context; the shortest, if none is."""
+    return tuple(c for c in CHUNKS if c <= context) or CHUNKS[:1]
+
+
+def positions(context: int) -> int:
+    """Cache positions for this many tokens: whole chunks of the largest size."""
+    chunk = chunks_within(context)[-1]
+    return -(-context // chunk) * chunk
