@@ -1,6 +1,7 @@
 """An audit finds what is wrong with a compiled step, by name, and nothing where nothing is."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -35,13 +36,18 @@ def barrier(x):
     return jax.lax.optimization_barrier(x)
 
 
+def _changed(right, change, plan, x, w, *more):
+    return right(plan, x, change(plan, w), *more)
+
+
 def product(change):
     """Every product's weight is first put through ``change``."""
 
     def patch(monkeypatch):
-        right = linear.matmul
-        wrong = lambda plan, x, w, *more: right(plan, x, change(plan, w), *more)  # noqa: E731
-        monkeypatch.setattr(linear, "matmul", wrong)
+        for name in ("matmul", "matvec"):
+            right = getattr(linear, name)
+            wrong = functools.partial(_changed, right, change)
+            monkeypatch.setattr(linear, name, wrong)
 
     return patch
 

@@ -262,7 +262,7 @@ def test_norm_cast_is_caught(monkeypatch):
 
 def scale_not_rounded(self, token, position):
     x32 = self.embed(token).astype(jnp.float32)
-    return (x32 * jnp.float32(self.config.embed_scale)).astype(jnp.bfloat16)
+    return x32 * jnp.float32(self.config.embed_scale)
 
 
 def test_embedding_scale_cast_is_caught(tmp_path, monkeypatch):

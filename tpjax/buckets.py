@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
 CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
+BLOCK = 512  # cache positions attended to at a time, where there are more than twice as many
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,8 @@ def positions(context: int) -> int:
     """Cache positions for this many tokens: whole chunks of the largest size."""
     chunk = chunks_within(context)[-1]
     return -(-context // chunk) * chunk
+
+
+def at_a_time(positions: int) -> int:
+    """Of how many cache positions there are scores at the same time, where blocks are used."""
+    return BLOCK if positions > 2 * BLOCK and positions % BLOCK == 0 else positions

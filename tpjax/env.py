@@ -138,6 +138,11 @@ def cpu_devices_chosen() -> bool:
     return "JAX_NUM_CPU_DEVICES" in os.environ or flag in os.environ.get("XLA_FLAGS", "")
 
 
+def native_kernels() -> bool:
+    """Whether kernels of our own may be built and used: not if the user sets TPJAX_NATIVE=0."""
+    return os.environ.get("TPJAX_NATIVE") != "0"
+
+
 def cache_dir() -> Path:
     """The user's cache directory for tpjax."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

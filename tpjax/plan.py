@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpjax.config import ModelConfig
 from tpjax.errors import UsageError
 from tpjax.parallel import mesh as meshes
-from tpjax.parallel.collectives import SUMS
+from tpjax.parallel.collectives import SUMS, added_once
 from tpjax.parallel.dims import Dim, Heads, MeshAxes
 from tpjax.parallel.layout import Layout, Unsplit
 from tpjax.parallel.rules import Rules
@@ -112,12 +112,21 @@ class Plan:
     def sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(*axes))
 
-    def sum(self, y: jax.Array, partial: MeshAxes, *axes: str | None) -> jax.Array:
+    def sum(
+        self,
+        y: jax.Array,
+        partial: MeshAxes,
+        *axes: str | None,
+        onto: jax.Array | None = None,
+    ) -> jax.Array:
         """The one place where partial sums of products become sums. ``axes``: logical axes of the
-        result."""
+        result; ``onto``: what they are added to, in their dtype and before they are summed, so that
+        nothing is left to be added after that."""
         if not partial:
-            return y
+            return y if onto is None else y + onto.astype(y.dtype)
         unreduced = self.spec(*axes, partial=partial)
+        if onto is not None:
+            y = added_once(y, onto, partial, unreduced, self.spec(*axes))
         return SUMS[self.sum_algorithm](y, partial, unreduced, self.spec(*axes))
 
     def reshape(self, x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:

@@ -150,4 +150,4 @@ def states(
     and after the final norm: ``[L + 2, B, T, D]``."""
     taps: list[jax.Array] = []
     _, x_BTD, cache = _append(table, weights, cache, token_BT, start_B, length_B, taps)
-    return cache, jnp.stack([*taps, x_BTD])
+    return cache, jnp.stack([*taps, x_BTD.astype(jnp.float32)])

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from tpjax import env
+from tpjax import env, native
 from tpjax.buckets import Buckets
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
@@ -142,6 +142,8 @@ class LLM:
                 f"{dtype} products have no fast path on this CPU and take several times as long as"
                 " they should: import tpjax before jax is first used, or take dtype=float32"
             )
+        if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
+            say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()

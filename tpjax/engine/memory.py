@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from tpjax.buckets import Buckets
+from tpjax.buckets import Buckets, at_a_time
 from tpjax.cache import KVCache
 from tpjax.errors import ResourceError
 from tpjax.planner import memory as planned
@@ -50,8 +50,8 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
 
 def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     """What steps hold at once on one device: on accelerators what `tpjax plan` says; on a CPU an
-    upper bound: scores and shares of the largest chunk against the whole context in float32, and a
-    few rows of the widest activation."""
+    upper bound: scores and shares of the largest chunk in float32, against as much of the context
+    as is attended to at a time, and a few rows of the widest activation."""
     config, split = table.config, table.plan.tensor_degree
     if table.plan.platform != "cpu":
         layout, rows = table.plan.layout, buckets.batch[-1] // table.plan.data
@@ -61,7 +61,7 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
         )
     chunk = buckets.chunks[-1]
     heads = -(-len(table.plan.heads(config).queries) // split)
-    scores = 2 * heads * buckets.context
+    scores = 2 * heads * at_a_time(buckets.context)
     widest = 4 * (-(-config.mlp // split) + 2 * config.embed)
     logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
     return 4 * (chunk * (scores + widest) + logits)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tpjax.config import ModelConfig
 from tpjax.nn.linear import Linear
-from tpjax.nn.norm import norm
+from tpjax.nn.norm import Normed, norm
 from tpjax.nn.rope import CosSin, rotate
 from tpjax.ops.attention import LayerCache, cached_attention
 from tpjax.ops.attention_ref import Scores
@@ -39,8 +39,14 @@ class Attention(nnx.Module):
         self.k_norm = norm(config, H) if config.qk_norm else None
 
     def __call__(
-        self, x_BTD: jax.Array, rope: CosSin | None, cache: LayerCache, position_BT: jax.Array
+        self,
+        x_BTD: jax.Array | Normed,
+        rope: CosSin | None,
+        cache: LayerCache,
+        position_BT: jax.Array,
+        onto_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
+        """What it makes of ``x``, added to ``onto``, and the cache with the new tokens in it."""
         with jax.named_scope("q"):
             q_BTNH = self.split(self.q(x_BTD), "heads")
         with jax.named_scope("k"):
@@ -57,8 +63,8 @@ class Attention(nnx.Module):
             )
         B, T, N, H = o_BTNH.shape
         with jax.named_scope("o"):
-            x_BTD = self.o(self.plan.reshape(o_BTNH, (B, T, N * H), "batch", None, "heads"))
-        return x_BTD, cache
+            o_BTF = self.plan.reshape(o_BTNH, (B, T, N * H), "batch", None, "heads")
+            return self.o(o_BTF, onto_BTD), cache
 
     def split(self, x_BTF: jax.Array, axis: str) -> jax.Array:
         """Features into heads; every device keeps the heads it has."""

@@ -14,7 +14,7 @@ from tpjax.nn.embed import Embed
 from tpjax.nn.linear import Linear, linear
 from tpjax.nn.mlp import MLP
 from tpjax.nn.moe import MoE
-from tpjax.nn.norm import norm
+from tpjax.nn.norm import Normed, norm
 from tpjax.nn.param import value, weight
 from tpjax.nn.rope import CosSin, cos_sin
 from tpjax.parallel.dims import Dim
@@ -24,7 +24,8 @@ from tpjax.rope import Rope
 
 class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream, which is normalised before each of
-    them, around each of them, or after it was added."""
+    them, around each of them, or after it was added. The stream is float32: what a layer adds is
+    rounded by none of those after it."""
 
     def __init__(self, config: ModelConfig, plan: Plan, layer: int):
         self.place, self.layer = config.norm_place, layer
@@ -41,22 +42,30 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, rope, cache, position_BT):
         # Scopes are paths of weights: an audit names what a compiled program does by them.
         with jax.named_scope(f"blocks.{self.layer}.attn"):
-            normed = x_BTD if self.place == "after" else self.attn_norm(x_BTD)
-            attended, cache = self.attn(normed, rope, cache, position_BT)
-            x_BTD = self._added(x_BTD, attended, self.attn_norm, "post_attn_norm")
+            normed, onto = self._into(x_BTD, self.attn_norm)
+            out_BTD, cache = self.attn(normed, rope, cache, position_BT, onto)
+            x_BTD = self._out(x_BTD, out_BTD, self.attn_norm, "post_attn_norm")
         kind = "moe" if hasattr(self, "moe") else "mlp"
         with jax.named_scope(f"blocks.{self.layer}.{kind}"):
-            normed = x_BTD if self.place == "after" else self.mlp_norm(x_BTD)
-            out_BTD = getattr(self, kind)(normed)
-            return self._added(x_BTD, out_BTD, self.mlp_norm, "post_mlp_norm"), cache
+            normed, onto = self._into(x_BTD, self.mlp_norm)
+            out_BTD = getattr(self, kind)(normed, onto)
+            return self._out(x_BTD, out_BTD, self.mlp_norm, "post_mlp_norm"), cache
 
-    def _added(self, x_BTD, out_BTD, norm_, post: str):
-        """The stream with what a part of the block adds to it."""
+    def _into(self, x_BTD, norm_):
+        """What goes into a part of the block, and what its output is added to there: the stream,
+        unless a norm comes before that."""
+        normed = Normed(x_BTD, norm_)
         if self.place == "after":
-            return norm_(x_BTD + out_BTD)
+            normed = x_BTD.astype(normed.dtype)
+        return normed, None if self.place == "around" else x_BTD
+
+    def _out(self, x_BTD, out_BTD, norm_, post: str):
+        """The stream after that part."""
+        if self.place == "after":
+            return norm_(out_BTD).astype(x_BTD.dtype)
         if self.place == "around":
-            out_BTD = getattr(self, post)(out_BTD)
-        return x_BTD + out_BTD
+            return x_BTD + getattr(self, post)(out_BTD).astype(x_BTD.dtype)
+        return out_BTD
 
 
 class Decoder(nnx.Module):
@@ -101,7 +110,7 @@ class Decoder(nnx.Module):
         config = self.config
         x_BTD = self.start(token_BT, position_BT)
         angles: dict[Rope | None, CosSin] = {
-            rope: cos_sin(rope, config.head_dim, position_BT, length_B, x_BTD.dtype)
+            rope: cos_sin(rope, config.head_dim, position_BT, length_B, config.dtype)
             for rope in (config.rope, config.rope_local)
             if rope is not None
         }
@@ -114,8 +123,7 @@ class Decoder(nnx.Module):
             layers.append(layer)
         if taps is not None:
             taps.append(x_BTD)
-        if self.norm is not None:
-            x_BTD = self.norm(x_BTD)
+        x_BTD = x_BTD.astype(config.dtype) if self.norm is None else self.norm(x_BTD)
         return x_BTD, KVCache(tuple(layers))
 
     def start(self, token_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
@@ -123,15 +131,17 @@ class Decoder(nnx.Module):
         config = self.config
         with jax.named_scope("embed"):
             x_BTD = self.embed(token_BT)
-        if config.embed_scale != 1.0:  # rounded to the dtype first, as in training
+        if config.embed_scale != 1.0:  # itself and the product rounded to the dtype, as in training
+            kind = jnp.finfo(x_BTD.dtype)
             x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+            x_BTD = jax.lax.reduce_precision(x_BTD, kind.nexp, kind.nmant)
         if config.embed_in:
             x_BTD = self.project_in(x_BTD)
         if config.learned_positions:
             row_BT = position_BT + config.position_offset
             spec = self.plan.spec("batch", None, "embed")
             x_BTD = x_BTD + value(self.positions).at[row_BT].get(out_sharding=spec)
-        return x_BTD
+        return x_BTD.astype(jnp.float32)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 ``[B, T, V]``, split over the vocabulary; padded entries are meaningless."""

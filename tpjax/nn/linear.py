@@ -8,11 +8,11 @@ B sequences, T tokens, R = B T rows, I input features, O output features.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from tpjax.nn.norm import Normed, RMSNorm
 from tpjax.nn.param import value, weight
-from tpjax.ops.matmul import matmul
+from tpjax.ops.matmul import matmul, matvec
 from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
 
@@ -31,44 +31,68 @@ class Linear(nnx.Module):
         self.w = weight((out, in_), dtype)
         self.b = weight((out,), dtype) if bias else None
 
-    def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        y_BTO = linear(self.plan, x_BTI, value(self.w), self.out_axis, self.in_axis)
-        if self.b is None:
-            return y_BTO.astype(x_BTI.dtype)
-        b_O = value(self.b).astype(y_BTO.dtype)
-        return (y_BTO + b_O[None, None, :]).astype(x_BTI.dtype)
+    def __call__(self, x_BTI: jax.Array | Normed, onto_BTO: jax.Array | None = None) -> jax.Array:
+        """``onto``: what the product is added to, and whose dtype the result has."""
+        w_OI = value(self.w)
+        y_BTO = linear(self.plan, x_BTI, w_OI, self.out_axis, self.in_axis, onto_BTO)
+        if self.b is not None:
+            y_BTO = y_BTO + value(self.b).astype(y_BTO.dtype)[None, None, :]
+        return y_BTO.astype(x_BTI.dtype if onto_BTO is None else onto_BTO.dtype)
 
 
 def linear(
-    plan: Plan, x_BTI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
+    plan: Plan,
+    x_BTI: jax.Array | Normed,
+    w_OI: jax.Array,
+    out_axis: str | None,
+    in_axis: str | None,
+    onto_BTO: jax.Array | None = None,
 ) -> jax.Array:
-    """The product in float32, summed over the devices that share the input axis."""
+    """The product in float32, summed over the devices that share the input axis, with ``onto``."""
     B, T, _ = x_BTI.shape
-    y_RO = product(plan, x_BTI, w_OI, out_axis, in_axis)
-    y_RO = plan.sum(y_RO, plan.mesh_axes(in_axis), "batch", out_axis)
+    onto_RO = None
+    if onto_BTO is not None:
+        onto_RO = plan.reshape(onto_BTO, (B * T, onto_BTO.shape[2]), "batch", out_axis)
+    if _in_one_kernel(plan, x_BTI):
+        y_RO, onto_RO = _product_of_one(plan, x_BTI, w_OI, out_axis, in_axis, onto_RO), None
+    else:
+        y_RO = product(plan, x_BTI, w_OI, out_axis, in_axis)
+    y_RO = plan.sum(y_RO, plan.mesh_axes(in_axis), "batch", out_axis, onto=onto_RO)
     return plan.reshape(y_RO, (B, T, y_RO.shape[1]), "batch", None, out_axis)
 
 
 def product(
-    plan: Plan, x_BTI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
+    plan: Plan,
+    x_BTI: jax.Array | Normed,
+    w_OI: jax.Array,
+    out_axis: str | None,
+    in_axis: str | None,
 ) -> jax.Array:
     """``y_RO`` in float32, not yet summed."""
-    partial = plan.mesh_axes(in_axis)
-    alone = _alone_on_a_cpu(plan, x_BTI)
-    if alone:
-        x_BTI = jnp.concatenate([x_BTI, x_BTI], axis=1)
+    if isinstance(x_BTI, Normed):
+        x_BTI = x_BTI.value
     B, T, features = x_BTI.shape
     x_RI = plan.reshape(x_BTI, (B * T, features), "batch", in_axis)
-    y_RO = matmul(plan, x_RI, w_OI, out_axis, partial)
-    if alone:
-        twice = plan.spec("batch", None, out_axis, partial=partial)
-        y_RO = jnp.reshape(y_RO, (B, T, y_RO.shape[1]), out_sharding=twice)[:, 0]
-    return y_RO
+    return matmul(plan, x_RI, w_OI, out_axis, in_axis)
 
 
-def _alone_on_a_cpu(plan: Plan, x_BTI: jax.Array) -> bool:
-    """Whether each device would multiply a single row in 16 bits: XLA's fast kernels on a CPU
-    refuse one row, and what it does instead copies every weight to float32 on every call
-    (BENCHMARKS.md, "bfloat16 on a CPU")."""
-    rows = x_BTI.shape[0] // plan.shards("batch") * x_BTI.shape[1]
-    return plan.platform == "cpu" and rows == 1 and x_BTI.dtype != jnp.float32
+def alone(plan: Plan, x_BTI: jax.Array | Normed) -> bool:
+    """Whether each device multiplies a single row."""
+    return x_BTI.shape[0] // plan.shards("batch") * x_BTI.shape[1] == 1
+
+
+def _in_one_kernel(plan: Plan, x_BTI: jax.Array | Normed) -> bool:
+    """Whether a product is written as GPUs like it for a single row (`matvec`)."""
+    return plan.platform == "gpu" and alone(plan, x_BTI)
+
+
+def _product_of_one(plan: Plan, x_BTI, w_OI, out_axis, in_axis, onto_RO) -> jax.Array:
+    """`product` of one row on each device, with ``onto`` in it, and the norm where it can be."""
+    norm = None
+    if isinstance(x_BTI, Normed):
+        if isinstance(x_BTI.norm, RMSNorm):
+            x_BTI, norm = x_BTI.x_BTD, x_BTI.norm.inside()
+        else:
+            x_BTI = x_BTI.value
+    x_RI = plan.reshape(x_BTI, (x_BTI.shape[0], x_BTI.shape[2]), "batch", in_axis)
+    return matvec(plan, x_RI, w_OI, out_axis, in_axis, norm, onto_RO)

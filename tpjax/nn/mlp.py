@@ -7,6 +7,7 @@ from flax import nnx
 
 from tpjax.config import ModelConfig
 from tpjax.nn.linear import Linear
+from tpjax.nn.norm import Normed
 from tpjax.plan import Plan
 
 ACTS = {
@@ -29,12 +30,12 @@ class MLP(nnx.Module):
         self.up = linear(F, D)
         self.down = linear(D, F)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array | Normed, onto_BTD: jax.Array | None = None) -> jax.Array:
         h_BTF = self.hidden(x_BTD)
         with jax.named_scope("down"):
-            return self.down(h_BTF)
+            return self.down(h_BTF, onto_BTD)
 
-    def hidden(self, x_BTD: jax.Array) -> jax.Array:
+    def hidden(self, x_BTD: jax.Array | Normed) -> jax.Array:
         """``h_BTF``, what goes into `down`."""
         act = ACTS[self.act]
         with jax.named_scope("up"):

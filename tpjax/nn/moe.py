@@ -7,6 +7,7 @@ from flax import nnx
 from tpjax.config import ModelConfig
 from tpjax.nn.linear import Linear, product
 from tpjax.nn.mlp import ACTS, MLP
+from tpjax.nn.norm import Normed
 from tpjax.nn.param import value, weight
 from tpjax.ops.experts import Experts, mixture
 from tpjax.parallel.dims import Dim
@@ -31,10 +32,15 @@ class MoE(nnx.Module):
             self.shared = MLP(config, plan, moe.shared_mlp)
             self.shared_gate = Linear(Dim(None, 1, 1), D, plan=plan, dtype=dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array | Normed, onto_BTD: jax.Array | None = None) -> jax.Array:
         plan, moe = self.plan, self.config.moe
         assert moe is not None
+        if isinstance(x_BTD, Normed):
+            x_BTD = x_BTD.value
         B, T, D = x_BTD.shape
+        onto_RD = None
+        if onto_BTD is not None:
+            onto_RD = plan.reshape(onto_BTD, (B * T, D), "batch", "embed")
         partial = plan.mesh_axes("experts") + plan.mesh_axes("expert_mlp")
         weights = Experts(*map(value, (self.router, self.gate, self.up, self.down)))
         x_RD = plan.reshape(x_BTD, (B * T, D), "batch", "embed")
@@ -45,10 +51,12 @@ class MoE(nnx.Module):
             h_BTF = self.shared.hidden(x_BTD) * share_BT1.astype(x_BTD.dtype)
             shared_RD = product(plan, h_BTF, value(self.shared.down.w), "embed", "mlp")
             if plan.layout.together:
-                y_RD = plan.sum(y_RD + shared_RD, partial, "batch", "embed")
+                y_RD = y_RD + shared_RD
             else:  # a plan of the user's splits one of them only
-                y_RD = plan.sum(y_RD, partial, "batch", "embed")
-                y_RD = y_RD + plan.sum(shared_RD, plan.mesh_axes("mlp"), "batch", "embed")
-        else:
-            y_RD = plan.sum(y_RD, partial, "batch", "embed")
-        return plan.reshape(y_RD, (B, T, D), "batch", None, "embed").astype(x_BTD.dtype)
+                shared_RD = plan.sum(
+                    shared_RD, plan.mesh_axes("mlp"), "batch", "embed", onto=onto_RD
+                )
+                onto_RD = shared_RD
+        y_RD = plan.sum(y_RD, partial, "batch", "embed", onto=onto_RD)
+        dtype = x_BTD.dtype if onto_BTD is None else onto_BTD.dtype
+        return plan.reshape(y_RD, (B, T, D), "batch", None, "embed").astype(dtype)

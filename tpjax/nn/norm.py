@@ -1,4 +1,8 @@
-"""Norms. D the features that are normalised: the embedding's, or a head's."""
+"""Norms, from the residual stream's float32 or a head's dtype to the model's. D the features that
+are normalised: the embedding's, or a head's."""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +10,7 @@ from flax import nnx
 
 from tpjax.config import ModelConfig
 from tpjax.nn.param import value, weight
+from tpjax.ops.matmul import RootMeanSquare
 from tpjax.parallel.dims import Dim
 
 
@@ -23,8 +28,12 @@ class RMSNorm(nnx.Module):
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         w_D = along_last(value(self.w), x_BTD)
         if self.offset:
-            return (x32 * scale * (self.offset + w_D.astype(jnp.float32))).astype(x_BTD.dtype)
-        return w_D * (x32 * scale).astype(x_BTD.dtype)
+            return (x32 * scale * (self.offset + w_D.astype(jnp.float32))).astype(w_D.dtype)
+        return w_D * (x32 * scale).astype(w_D.dtype)
+
+    def inside(self) -> RootMeanSquare:
+        """The same for a product that normalises its input itself: rounded nowhere."""
+        return RootMeanSquare(self.offset + value(self.w).astype(jnp.float32), self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -40,7 +49,28 @@ class LayerNorm(nnx.Module):
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         w_D, b_D = (along_last(value(p).astype(jnp.float32), x32) for p in (self.w, self.b))
-        return (x32 * scale * w_D + b_D).astype(x_BTD.dtype)
+        return (x32 * scale * w_D + b_D).astype(value(self.w).dtype)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """``x_BTD`` normalised, for products that may do that themselves."""
+
+    x_BTD: jax.Array
+    norm: RMSNorm | LayerNorm
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x_BTD.shape
+
+    @property
+    def dtype(self):
+        return self.norm.w.dtype
+
+    @cached_property
+    def value(self) -> jax.Array:
+        """Normalised now, once for all products."""
+        return self.norm(self.x_BTD)
 
 
 def norm(config: ModelConfig, size: int | None = None) -> RMSNorm | LayerNorm:

@@ -7,8 +7,9 @@ dim.
 import jax
 import jax.numpy as jnp
 
+from tpjax.buckets import BLOCK, at_a_time
 from tpjax.ops import attention_ref
-from tpjax.ops.attention_ref import Scores
+from tpjax.ops.attention_ref import MASKED, Scores, dot, grouped, masked, ungrouped
 from tpjax.plan import Plan
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys, values: [B, K, S, H]
@@ -48,6 +49,53 @@ def insert_row(plan: Plan, cache_BKSH: jax.Array, one_DKSH: jax.Array, slot_D: j
     )(cache_BKSH, one_DKSH, slot_D)
 
 
+def attend_by_blocks(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    position_BT: jax.Array,
+    scores: Scores,
+    blocks: int | jax.Array,
+) -> jax.Array:
+    """`attention_ref.attend` over the first ``blocks`` blocks of positions, one after the other, so
+    that scores of one block exist at a time: the maximum, the sum and the result so far are scaled
+    when a block raises the maximum (the online softmax of FlashAttention, arXiv 2205.14135)."""
+    q_BKRH = grouped(q_BTNH, k_BKSH.shape[1])
+    B, K, R, H = q_BKRH.shape
+
+    def block(n, state):
+        top_BKR, sum_BKR, o_BKRH = state
+        first = jnp.asarray(n, jnp.int32) * BLOCK
+        k, v = (
+            jax.lax.dynamic_slice_in_dim(held, first, BLOCK, axis=2) for held in (k_BKSH, v_BKSH)
+        )
+        score = masked(q_BKRH, k, position_BT, first, scores)
+        new_BKR = jnp.maximum(top_BKR, jnp.max(score, axis=-1))
+        share = jnp.exp(score - new_BKR[..., None])
+        less_BKR = jnp.exp(top_BKR - new_BKR)
+        out = dot("BKRS,BKSH->BKRH", share.astype(v.dtype), v)
+        sum_BKR = sum_BKR * less_BKR + jnp.sum(share, axis=-1)
+        return new_BKR, sum_BKR, o_BKRH * less_BKR[..., None] + out
+
+    start = (jnp.full((B, K, R), MASKED), jnp.zeros((B, K, R)), jnp.zeros((B, K, R, H)))
+    _, sum_BKR, o_BKRH = jax.lax.fori_loop(0, blocks, block, start)
+    o_BKRH = (o_BKRH / sum_BKR[..., None]).astype(q_BTNH.dtype)
+    return ungrouped(o_BKRH, q_BTNH.shape[1])
+
+
+def attend(
+    on_cpu: bool, q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, scores: Scores
+) -> jax.Array:
+    """Attention over a long cache by blocks: on a CPU those that are filled, which the loop can ask
+    for; elsewhere all, for the length of a loop is then known to the host. One new token on a GPU
+    has few scores and takes them at once."""
+    S = k.shape[2]
+    if at_a_time(S) == S or (q.shape[1] == 1 and not on_cpu):
+        return attention_ref.attend(q, k, v, position, scores)
+    blocks = jnp.max(position) // BLOCK + 1 if on_cpu else S // BLOCK
+    return attend_by_blocks(q, k, v, position, scores, blocks)
+
+
 def cached_attention(
     plan: Plan,
     q_BTNH: jax.Array,
@@ -63,10 +111,12 @@ def cached_attention(
     each of these (see `tpjax.parallel.dims.place_heads`), so grouping by reshape holds locally too.
     """
 
+    on_cpu = plan.platform == "cpu"
+
     def local(q, k, v, keys, values, position):
         keys = write(keys, k.astype(keys.dtype), position[:, 0])
         values = write(values, v.astype(values.dtype), position[:, 0])
-        return attention_ref.attend(q, keys, values, position, scores), keys, values
+        return attend(on_cpu, q, keys, values, position, scores), keys, values
 
     new = plan.spec("batch", None, "kv_heads", None)
     held = plan.spec("batch", "kv_heads", None, None)

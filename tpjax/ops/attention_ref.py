@@ -4,7 +4,6 @@ B sequences, T new tokens, S cache positions, N query heads, K key/value heads, 
 dim, R = G T rows of one key/value head.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -27,23 +26,46 @@ def attend(
 ) -> jax.Array:
     """``o_BTNH``: each query sees cache positions up to and including its own. Scores and softmax
     in float32; the weights are cast to the values' dtype before the second product."""
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    G = N // K
-    # Queries that share a key/value head become rows of one product; the small array is the one
-    # that is transposed, not the scores.
-    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    precision = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
-    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    score = dot("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).reshape(B, K, G, T, S)
+    q_BKRH = grouped(q_BTNH, k_BKSH.shape[1])
+    share = jax.nn.softmax(masked(q_BKRH, k_BKSH, position_BT, 0, scores), axis=-1)
+    out = dot("BKRS,BKSH->BKRH", share.astype(v_BKSH.dtype), v_BKSH)
+    return ungrouped(out.astype(q_BTNH.dtype), q_BTNH.shape[1])
+
+
+def masked(
+    q_BKRH: jax.Array, k_BKSH: jax.Array, position_BT: jax.Array, first, scores: Scores
+) -> jax.Array:
+    """Scores ``[B, K, R, S]`` in float32 of keys from position ``first`` on, `MASKED` where a query
+    does not see the key."""
+    B, K, R, _ = q_BKRH.shape
+    S, T = k_BKSH.shape[2], position_BT.shape[1]
+    score = dot("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).reshape(B, K, R // T, T, S)
     score = score * scores.scale
     if scores.softcap is not None:
         score = jnp.tanh(score / scores.softcap) * scores.softcap
-    back_BTS = position_BT[:, :, None] - jnp.arange(S)[None, None, :]
+    back_BTS = position_BT[:, :, None] - (first + jnp.arange(S, dtype=jnp.int32))[None, None, :]
     visible_BTS = back_BTS >= 0
     if scores.window is not None:
         visible_BTS &= back_BTS < scores.window
-    score = jnp.where(visible_BTS[:, None, None], score, MASKED)
-    share = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, S)
-    out = dot("BKRS,BKSH->BKRH", share, v_BKSH).astype(q_BTNH.dtype)
-    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return jnp.where(visible_BTS[:, None, None], score, MASKED).reshape(B, K, R, S)
+
+
+def grouped(q_BTNH: jax.Array, K: int) -> jax.Array:
+    """``q_BKRH``: queries that share a key/value head become rows of one product; the small array
+    is the one that is transposed, not the scores."""
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+
+
+def ungrouped(o_BKRH: jax.Array, T: int) -> jax.Array:
+    """``o_BTNH``, the opposite."""
+    B, K, R, H = o_BKRH.shape
+    o_BKGTH = o_BKRH.reshape(B, K, R // T, T, H)
+    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, R // T * K, H)
+
+
+def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product in float32, of float32 operands at full precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -14,6 +14,20 @@ from jax.sharding import PartitionSpec
 from tpjax.parallel.rules import MeshAxes
 
 
+def added_once(
+    y: jax.Array, onto: jax.Array, partial: MeshAxes, unsummed: PartitionSpec, spec: PartitionSpec
+) -> jax.Array:
+    """``y``, not yet summed, with ``onto``, which all devices have, added by the first of them."""
+
+    def local(y_part, onto):
+        first = jax.lax.axis_index(partial) == 0
+        return y_part + jnp.where(first, onto, 0).astype(y_part.dtype)
+
+    return jax.shard_map(local, in_specs=(unsummed, spec), out_specs=unsummed, check_vma=False)(
+        y, onto
+    )
+
+
 def xla(y: jax.Array, partial: MeshAxes, unsummed: PartitionSpec, spec: PartitionSpec) -> jax.Array:
     """One all-reduce, which XLA may implement as it likes."""
     return jax.reshard(y, spec)

@@ -8,7 +8,7 @@ compares both with the compiler's own numbers.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpjax.buckets import CHUNKS, positions
+from tpjax.buckets import CHUNKS, at_a_time, positions
 from tpjax.config import ModelConfig, itemsize
 from tpjax.inventory import weights
 from tpjax.parallel.layout import Layout
@@ -101,23 +101,28 @@ class Footprint:
 
 
 def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, context: int) -> int:
-    """What a step of ``tokens`` tokens of each of ``rows`` sequences holds for a moment: the scores
-    of one layer in float32 and their shares in the model's dtype, or what its MLP makes, with the
-    stream they come from; or what the sampler makes of the logits."""
+    """What a step of ``tokens`` tokens of each of ``rows`` sequences holds for a moment, beside the
+    residual stream in float32: the scores of one layer in float32 and their shares in the model's
+    dtype; or the normalised stream, what the MLP makes of it, and a partial sum in float32; or what
+    the sampler makes of the logits. One token's scores are of all positions, those of several of a
+    block of positions, beside the result so far."""
     c, size = config, itemsize(config.dtype)
-    many = rows * tokens
+    many, there = rows * tokens, positions(context)
     attention, dense, sparse = _layers(c, layout)
     heads = max(len(here.heads(c).queries) // here.shards("heads") for here in attention)
-    scores = many * heads * positions(context) * (4 + size)
+    seen = there if tokens == 1 else at_a_time(there)
+    scores = many * heads * seen * (4 + size)
+    if seen < there:
+        scores += 8 * many * heads * c.head_dim
     head = layout.at("embed" if c.tie_embeddings else "head")
     vocab = head.dim("vocab", c.vocab).size // head.shards("vocab")
     width = max((h.dim("mlp", c.mlp).size // h.shards("mlp") for h in dense), default=0)
-    # The residual stream and, of several devices, a partial sum in float32.
-    stream = many * c.embed * (2 * size if layout.tensor_degree == 1 else 2 * size + 3)
+    stream = 4 * many * c.embed
+    around = many * c.embed * (size if layout.tensor_degree == 1 else size + 4)
     mixture = max((_of_experts(c, here, many) for here in sparse), default=0)
     inside = max(many * width * (4 + size), mixture)
     sampled = 16 * rows * vocab
-    return max(scores + stream, stream + inside, sampled) + MIB
+    return max(scores + stream, stream + around + inside, sampled) + MIB
 
 
 def _layers(config: ModelConfig, layout: Layout) -> tuple[list[Layout], list[Layout], list[Layout]]:

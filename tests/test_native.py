@@ -1,0 +1,121 @@
+"""Our own kernel for few rows on a CPU: the numbers, where it is used, and what happens without."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tpjax
+from tests import reference
+from tpjax import native
+from tpjax.audit.verdict import Audit
+from tpjax.checkpoint.folder import bundled
+from tpjax.executables import Executables
+
+COMPILER = any(map(shutil.which, native.COMPILERS))
+needs_it = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
+
+
+@needs_it
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    features=st.integers(1, 100),
+    outputs=st.integers(1, 150),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    devices=st.sampled_from([1, 8]),
+)
+def test_any_shape(rows, features, outputs, dtype, devices):
+    """Tails of vectors, of groups of rows and of chunks; with helpers and alone."""
+    assert native.ready(), native.why_not()
+    rng = np.random.default_rng([rows, features, outputs])
+    x, w = (jnp.asarray(rng.normal(size=(n, features)), dtype) for n in (rows, outputs))
+    got = np.asarray(native.few_rows(x, w, devices))
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert got.dtype == np.float32
+    assert np.abs(got - want).max() <= 1e-5 * max(1.0, np.abs(want).max())
+
+
+@needs_it
+def test_what_is_not_a_number_stays_so():
+    x, w = jnp.ones((1, 40), jnp.bfloat16), jnp.ones((3, 40), jnp.bfloat16)
+    w = w.at[0, 39].set(jnp.nan).at[1, 0].set(jnp.inf)
+    assert np.asarray(native.few_rows(x, w, 1)).tolist()[0][1:] == [np.inf, 40.0]
+    assert np.isnan(native.few_rows(x, w, 1)[0, 0])
+
+
+@needs_it
+def test_shapes_that_do_not_fit_are_refused():
+    x, w = jnp.ones((1, 40)), jnp.ones((3, 41))
+    with pytest.raises(Exception, match="of one dtype are multiplied"):
+        jax.block_until_ready(native.few_rows(x, w, 1))
+
+
+def times_used(llm: tpjax.LLM, step: str) -> int:
+    """In a step compiled anew; which must be what its plan states: no weight copied or widened."""
+    exe = Executables(llm.table, llm.executables.buckets)
+    compiled = exe.lower(step).compile()
+    assert Audit(compiled, exe, step).findings() == []
+    return (compiled.as_text() or "").count(f'custom_call_target="{native.TARGET}"')
+
+
+@needs_it
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_it_is_used(dtype, quiet):
+    """For one row of 16 bits, and for several of either; of a chunk of a prompt, for its one row of
+    logits."""
+    llm = tpjax.LLM(bundled(), 2, dtype=dtype, max_model_len=64, max_num_seqs=4, **quiet)
+    one, every = int(dtype == "bfloat16"), 7 * llm.config.layers + 1
+    assert times_used(llm, "decode[b1]") == one * every
+    assert times_used(llm, "decode[b4]") == every
+    assert times_used(llm, "prefill[t32]") == one
+
+
+@needs_it
+def test_the_same_tokens_with_and_without(tiny_model, monkeypatch):
+    folder, hf = tiny_model()
+    params = tpjax.SamplingParams(temperature=0, max_tokens=16)
+    prompts = [reference.prompt(n) for n in (5, 9, 20)]
+    wanted = [reference.greedy(hf, ids, 16) for ids in prompts]
+    for ready in (True, False):
+        monkeypatch.setattr(native, "ready", lambda ready=ready: ready)
+        llm = reference.load(folder, 2, max_model_len=64, max_num_seqs=4)
+        assert (times_used(llm, "decode[b4]") > 0) == ready
+        assert [out.outputs[0].token_ids for out in llm.generate(prompts, params)] == wanted
+
+
+def alone(tmp_path, **env) -> str:
+    """What a new process says of the kernel."""
+    code = "from tpjax import native; print(native.why_not() or 'ready')"
+    env = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | env
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_it
+def test_built_once_and_told_why_not(tmp_path):
+    assert alone(tmp_path) == "ready"
+    (library,) = (tmp_path / "tpjax/native").iterdir()
+    made = library.stat().st_mtime_ns
+    assert alone(tmp_path) == "ready" and library.stat().st_mtime_ns == made
+    assert alone(tmp_path, PATH="/nowhere") == "no C++ compiler (c++, g++, clang++)"
+    assert alone(tmp_path, TPJAX_NATIVE="0") == "TPJAX_NATIVE=0 turns it off"
+    library.write_bytes(b"no library")
+    assert "could not build or load it" in alone(tmp_path)
+
+
+def test_a_compiler_that_fails_is_told(tmp_path):
+    for name in native.COMPILERS:
+        script = tmp_path / name
+        script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho broken >&2; exit 1\n')
+        script.chmod(0o755)
+    said = alone(tmp_path, PATH=f"{tmp_path}:/bin")
+    assert said == f"{tmp_path}/c++ could not build or load it: broken"
+    assert not list((tmp_path / "tpjax/native").iterdir())
