@@ -16,7 +16,7 @@ from tpjax.bench import plan as grid
 from tpjax.cache import KVCache
 from tpjax.cli import main
 from tpjax.config import ModelConfig
-from tpjax.nn import embed, linear, mlp, norm, param
+from tpjax.nn import decoder, embed, linear, mlp, param
 from tpjax.nn.attention import Attention
 from tpjax.ops import attention
 from tpjax.parallel import collectives
@@ -77,37 +77,37 @@ def output_by_column(monkeypatch):
     monkeypatch.setattr(Attention, "__init__", wrong)
     call = linear.Linear.__call__
 
-    def gathered(self, x):
+    def gathered(self, x, onto=None):
         if (self.out_axis, self.in_axis) == ("mlp", None):
             x = jax.reshard(x, self.plan.spec("batch", None, None))
-            return jax.reshard(call(self, x), self.plan.spec("batch", None, None))
-        return call(self, x)
+            y = jax.reshard(call(self, x), self.plan.spec("batch", None, None))
+            return onto + y.astype(onto.dtype)
+        return call(self, x, onto)
 
     monkeypatch.setattr(linear.Linear, "__call__", gathered)
 
 
 def norm_that_communicates(monkeypatch):
     """Every norm makes an average over the devices, of what all of them have."""
-    right = norm.RMSNorm.__call__
+    right = decoder.Normed
 
-    def wrong(self, x):
+    def wrong(x, of):
         spec = jax.typeof(x).sharding.spec
         same = jax.shard_map(
             lambda x: jax.lax.pmean(x, ("tensor",)), in_specs=spec, out_specs=spec, check_vma=False
         )
-        return right(self, same(x))
+        return right(same(x), of)
 
-    monkeypatch.setattr(norm.RMSNorm, "__call__", wrong)
+    monkeypatch.setattr(decoder, "Normed", wrong)
 
 
 def sums_of_16_bits(monkeypatch):
-    right = linear.matmul
+    right = collectives.SUMS["xla"]
 
-    def wrong(plan, x, w, out_axis, partial):
-        y = right(plan, x, w, out_axis, partial)
-        return y.astype(jnp.bfloat16) if partial else y
+    def wrong(y, *how):
+        return right(y.astype(jnp.bfloat16), *how).astype(y.dtype)
 
-    monkeypatch.setattr(linear, "matmul", wrong)
+    monkeypatch.setitem(collectives.SUMS, "xla", wrong)
 
 
 def sums_in_two_halves(monkeypatch):

@@ -10,6 +10,8 @@ compilation cache in the user's cache directory, whatever the compile time
     The second start of a model compiles nothing.
 XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
+TPJAX_NATIVE is only read: 0 turns our own CPU kernel off
+    It is built by the machine's C++ compiler, on first use (`tpjax.native`).
 TRANSFORMERS_NO_ADVISORY_WARNINGS
     transformers is used without torch on purpose and need not warn about it.
 TPU_SKIP_MDS_QUERY, ALLOW_MULTIPLE_LIBTPU_LOAD, to compile for TPUs where there is none

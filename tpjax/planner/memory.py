@@ -119,6 +119,8 @@ def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, conte
     width = max((h.dim("mlp", c.mlp).size // h.shards("mlp") for h in dense), default=0)
     stream = 4 * many * c.embed
     around = many * c.embed * (size if layout.tensor_degree == 1 else size + 4)
+    if c.norm_place == "around":  # what comes before the second norm
+        around += 4 * many * c.embed
     mixture = max((_of_experts(c, here, many) for here in sparse), default=0)
     inside = max(many * width * (4 + size), mixture)
     sampled = 16 * rows * vocab
