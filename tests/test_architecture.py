@@ -44,7 +44,8 @@ MAY_NAME = {
     "getenv": ("env.py",),
     "device_get": ("engine/engine.py",),
 }
-TORCH = ("checkpoints_tools/sources.py", "checkpoints_tools/logits.py")  # legacy files, a peer
+# Legacy files, and peers: in processes of their own, or when they are asked for.
+TORCH = ("checkpoints_tools/sources.py", "checkpoints_tools/logits.py", "tpjax/bench/peers/hf.py")
 LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp", "expert_mlp"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tpjax import cli, env
-from tpjax.bench import record
+from tpjax.bench import peers, record
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,6 +219,13 @@ def test_an_unexpected_failure_is_one_line_too_and_debug_shows_it_all(capsys, mo
         cli.main(["generate", "--debug"])
 
 
+def test_a_peer_that_is_absent_or_ends_is_told(capsys, monkeypatch):
+    for needs, said in (((), "--compare hf: it ended"), (("no-such",), "pip install no-such")):
+        monkeypatch.setitem(peers.PEERS, "hf", (needs, "tpjax.bench.no_such"))
+        code, _, err = main(capsys, "bench", "decode", "--quiet", "--compare", "hf")
+        assert code == 4 and said in err
+
+
 def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     file = tmp_path / "BENCHMARKS.md"
     file.write_text("# Benchmarks\n\nWords.\n")
@@ -234,9 +241,15 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
         "--batch",
         "2",
     ]
-    code, out, _ = main(capsys, *words, "--json", "--quiet", "--record", str(file))
+    more = ("--json", "--quiet", "--record", str(file), "--compare", "hf")
+    code, out, _ = main(capsys, *words, *more)
     assert code == 0 and out.count("\n") == 1
     result = json.loads(out)
+    peer = result["peers"]["hf"]
+    assert peer["about"].startswith("transformers ") and peer["decode_tok_s"] > 0
+    for name in ("prefill_ratio", "decode_ratio"):
+        least, median, most = peer[name]
+        assert least <= median <= most  # so short a run is mostly noise
     for name in (
         "load_s compile_s prefill_tok_s decode_tok_s ms_per_token bytes_per_token"
         " read_bandwidth read_bandwidth_share"

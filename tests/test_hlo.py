@@ -9,6 +9,7 @@ import pytest
 
 from tests.audited import audited, steps
 from tests.published import published
+from tpjax import native
 from tpjax.audit import program
 from tpjax.config import ModelConfig
 from tpjax.parallel.mesh import make_mesh
@@ -43,16 +44,21 @@ def test_the_other_sum_algorithm_is_two_halves():
 
 
 @pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.extra)])
-def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(data):
-    """XLA's default would copy every weight to float32 on every call; see nn/linear.py. One row,
+@pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "no compiler"])
+def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, data, kernel):
+    """XLA's default would copy every weight to float32 on every call; see ops/matmul.py. One row,
     and one row per replica, are the hard cases."""
+    if kernel and not native.ready():
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(native, "ready", lambda: kernel)
     config = replace(SMALL, dtype="bfloat16", embed=512, mlp=2048, vocab=8192, layers=1)
     exe = steps(config, "cpu:8", context=64, rows=4, data=data, tensor=2)
     smallest = config.embed * config.kv_heads * config.head_dim // 2  # elements, a key projection
     for name in (f"decode[b{data}]", "decode[b4]", "prefill[t32]"):
         compiled = exe.lower(name).compile()
         text = compiled.as_text()
-        assert text.count("__ynn_fusion") >= 8, f"{name}: products outside the fast path"
+        fast = text.count("__ynn_fusion") + text.count(f'custom_call_target="{native.TARGET}"')
+        assert fast >= 8, f"{name}: products outside the fast paths"
         large = [one for one in program.made(text) if one.moves and one.array.bytes >= 2 * smallest]
         assert [one for one in large if one.array.dtype in ("bf16", "f32")] == []
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * config.vocab * config.embed // 2

@@ -244,6 +244,13 @@ def _add_bench(commands) -> None:
     add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
     add("--prompt-length", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--max-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add(
+        "--compare",
+        action="append",
+        default=[],
+        choices=("hf",),
+        help="measure that beside it, round by round: hf is transformers; repeatable",
+    )
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
     add("--json", action="store_true", help="one line of JSON (else indented)")

@@ -4,16 +4,20 @@ Decode time is the time for N + 1 tokens minus the time for one, so that prefill
 figure is a median over rounds, with its spread. Nothing compiles while it is measured.
 ``ms_per_token`` and ``bytes_per_token`` are those of one step, which makes a token for every
 sequence of the batch; ``load_s`` is null where weights are random; the disk cache of executables is
-off.
+off. ``--compare`` measures other systems in the same rounds, one after the other, so that a machine
+that is slow for a minute is slow for all.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tpjax import env
+from tpjax.bench.peers import Peer
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.errors import RunError, UsageError
@@ -78,10 +82,15 @@ def measure(args: argparse.Namespace) -> dict:
     run(args.max_tokens + 1)
     before = compiles.count
     first, decode, bandwidth = [], [], []
-    for _ in range(args.rounds):
-        bandwidth.append(read_bandwidth(llm.plan.platform))
-        first.append(run(1))
-        decode.append(run(args.max_tokens + 1) - first[-1])
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(peer) for peer in _peers(args, llm)]
+        rounds: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in peers}
+        for _ in range(args.rounds):
+            bandwidth.append(read_bandwidth(llm.plan.platform))
+            first.append(run(1))
+            decode.append(run(args.max_tokens + 1) - first[-1])
+            for peer, seconds in rounds.items():
+                seconds.append(peer.round())
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
 
@@ -108,6 +117,37 @@ def measure(args: argparse.Namespace) -> dict:
         "bytes_per_token": step_bytes,
         "read_bandwidth": round(limit),
         "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
+        "peers": {
+            peer.name: _beside(peer, seconds, first, decode, args)
+            for peer, seconds in rounds.items()
+        },
+    }
+
+
+def _peers(args: argparse.Namespace, llm) -> Iterator[Peer]:
+    from tpjax.checkpoint.folder import bundled
+
+    words = ["--config", args.config] if args.config else ["--model", args.model or str(bundled())]
+    words += ["--dtype", llm.config.dtype, "--batch", args.batch]
+    words += ["--prompt-length", args.prompt_length, "--max-tokens", args.max_tokens]
+    for name in args.compare:
+        yield Peer(name, list(map(str, words)))
+
+
+def _beside(peer: Peer, seconds, first: list[float], decode: list[float], args) -> dict:
+    """A peer's rates, and how many times as fast tpjax was, round by round: least, median, most."""
+
+    def ratio(theirs: list[float], ours: list[float]) -> list[float]:
+        each = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+        return [round(n, 3) for n in (each[0], statistics.median(each), each[-1])]
+
+    one, rest = (list(column) for column in zip(*seconds, strict=True))
+    return {
+        "about": peer.about,
+        "prefill_tok_s": round(args.batch * args.prompt_length / statistics.median(one), 2),
+        "decode_tok_s": round(args.batch * args.max_tokens / statistics.median(rest), 2),
+        "prefill_ratio": ratio(one, first),
+        "decode_ratio": ratio(rest, decode),
     }
 
 
