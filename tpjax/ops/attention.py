@@ -61,7 +61,7 @@ def attend_by_blocks(
     that scores of one block exist at a time: the maximum, the sum and the result so far are scaled
     when a block raises the maximum (the online softmax of FlashAttention, arXiv 2205.14135)."""
     q_BKRH = grouped(q_BTNH, k_BKSH.shape[1])
-    B, K, R, H = q_BKRH.shape
+    B, K, R, _ = q_BKRH.shape
 
     def block(n, state):
         top_BKR, sum_BKR, o_BKRH = state
@@ -77,7 +77,9 @@ def attend_by_blocks(
         sum_BKR = sum_BKR * less_BKR + jnp.sum(share, axis=-1)
         return new_BKR, sum_BKR, o_BKRH * less_BKR[..., None] + out
 
-    start = (jnp.full((B, K, R), MASKED), jnp.zeros((B, K, R)), jnp.zeros((B, K, R, H)))
+    # Zeros that depend on the queries: XLA would make those of all layers before the first one.
+    nothing = q_BKRH.astype(jnp.float32) * 0.0
+    start = (jnp.full((B, K, R), MASKED), jnp.zeros((B, K, R)), nothing)
     _, sum_BKR, o_BKRH = jax.lax.fori_loop(0, blocks, block, start)
     o_BKRH = (o_BKRH / sum_BKR[..., None]).astype(q_BTNH.dtype)
     return ungrouped(o_BKRH, q_BTNH.shape[1])
