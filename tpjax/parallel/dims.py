@@ -4,6 +4,7 @@ Checkpoints hold ``stored`` elements; devices hold ``size``, which is more where
 divide them. What no checkpoint has is exactly zero and adds exactly nothing.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class Heads:
     kv: tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=256)
 def place_heads(heads: int, kv_heads: int, shards: int, copies: int) -> Heads:
     """Heads on ``shards`` x ``copies`` devices: key/value heads are split into ``shards``, each on
     ``copies`` devices which share its query heads.

@@ -1,6 +1,6 @@
 """Logical axis -> mesh axes: the one table that decides how everything is split."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tpjax.parallel.dims import MeshAxes
@@ -26,9 +26,10 @@ class Rules:
         """The mesh axes of one logical axis; None, an axis nobody names, is never split."""
         if axis is None:
             return ()
-        if axis not in {f.name for f in fields(self)}:
-            raise KeyError(f"no rule for logical axis {axis!r}: add it to Rules")
-        return getattr(self, axis)
+        try:
+            return self.__dict__[axis]
+        except KeyError:
+            raise KeyError(f"no rule for logical axis {axis!r}: add it to Rules") from None
 
     def spec(self, *axes: str | None, partial: MeshAxes = ()) -> "PartitionSpec":
         """The PartitionSpec of an array with these logical axes.

@@ -5,6 +5,7 @@ are a model of what XLA:GPU does with tpjax's steps. BENCHMARKS.md, "The plan be
 compares both with the compiler's own numbers.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -127,6 +128,7 @@ def temporary(config: ModelConfig, layout: Layout, rows: int, tokens: int, conte
     return max(scores + stream, stream + around + inside, sampled) + MIB
 
 
+@functools.lru_cache(maxsize=64)
 def _layers(config: ModelConfig, layout: Layout) -> tuple[list[Layout], list[Layout], list[Layout]]:
     """The distinct layouts of attention, of MLPs and of mixtures; one each, unless a plan leaves
     some layers whole."""
