@@ -1,5 +1,6 @@
 """Our own kernel for few rows on a CPU: the numbers, where it is used, and what happens without."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_the_same_tokens_with_and_without(tiny_model, monkeypatch):
 def alone(tmp_path, **env) -> str:
     """What a new process says of the kernel."""
     code = "from tpjax import native; print(native.why_not() or 'ready')"
-    env = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | env
+    usual = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    env = usual | env
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

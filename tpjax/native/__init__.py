@@ -40,8 +40,15 @@ def few_rows(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
     """``x @ w.T`` in float32 on one of ``devices``, which share the processors: each has its own
     thread, and more where there are more processors."""
     shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_OI.shape[0]), jnp.float32)
-    threads = max(1, len(os.sched_getaffinity(0)) // devices)
+    threads = max(1, _processors() // devices)
     return jax.ffi.ffi_call(TARGET, shape)(x_RI, w_OI, threads=threads)
+
+
+def _processors() -> int:
+    """Those this process may use, where the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ready() -> bool:

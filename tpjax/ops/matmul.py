@@ -29,12 +29,10 @@ def matmul(
 
     Both operands have two dimensions: with a third, XLA on a CPU transposes the weight first.
     """
-    rows = x_RI.shape[0] // plan.shards("batch")
-    few = plan.platform == "cpu" and _few_rows(plan, rows, x_RI.dtype)
     partial = plan.mesh_axes(in_axis)
-    if few:
+    if product := _of_few_rows(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype):
         return jax.shard_map(
-            few,
+            product,
             mesh=plan.mesh,
             in_specs=(plan.spec("batch", in_axis), plan.spec(out_axis, in_axis)),
             out_specs=plan.spec("batch", out_axis, partial=partial),
@@ -54,11 +52,15 @@ def _dot(x_RI: jax.Array, w_OI: jax.Array, **more) -> jax.Array:
     )
 
 
-def _few_rows(plan: Plan, rows: int, dtype) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """What a CPU device better does than XLA's product, if there is something: our own kernel, if
-    it could be built. If not, two rows for one of 16 bits: XLA's fast kernels refuse one row, and
-    what it does instead copies every weight to float32 on every call (BENCHMARKS.md, "bfloat16 on a
-    CPU")."""
+def _of_few_rows(
+    plan: Plan, rows: int, dtype
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """What each device better does than XLA's product, if there is something. On a CPU: our own
+    kernel, if it could be built; if not, two rows for one of 16 bits, because XLA's fast kernels
+    refuse one row, and what it does instead copies every weight to float32 on every call
+    (BENCHMARKS.md, "bfloat16 on a CPU")."""
+    if plan.platform != "cpu":
+        return None
     if native.wins(rows, dtype) and native.ready():
         return functools.partial(native.few_rows, devices=plan.mesh.devices.size)
     if rows == 1 and dtype != jnp.float32:
