@@ -52,7 +52,7 @@ def test_in_bfloat16():
     assert np.abs(got - want).max() < 1.5 * np.abs(usual - want).max()
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("tensor", [4, pytest.param(1, marks=pytest.mark.extra)])
 def test_a_long_prompt(tiny_model, tensor):
     """A prompt of three chunks in a long cache: logits after every token, then greedy tokens."""
     folder, hf = tiny_model(max_position_embeddings=2048, num_hidden_layers=1)

@@ -24,10 +24,10 @@ def for_tpus(name: str, step: str):
 
 def _cases():
     for n, name in enumerate((*DENSE, *MIXTURES)):
-        if name in DENSE:
-            yield name, "decode[b1]"
-        marks = () if n in (0, 5) else pytest.mark.extra
-        yield pytest.param(name, "prefill[t512]", marks=marks)
+        steps = ("decode[b1]", "prefill[t512]") if name in DENSE else ("prefill[t512]",)
+        for step in steps:
+            usual = n < 3 if step.startswith("decode") else n == 0
+            yield pytest.param(name, step, marks=() if usual else pytest.mark.extra)
 
 
 @pytest.mark.parametrize("name, step", list(_cases()))

@@ -24,7 +24,7 @@ needs_it = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
 
 
 @needs_it
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 9),
     features=st.integers(1, 100),

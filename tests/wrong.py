@@ -49,6 +49,14 @@ def started_from(mutations: Iterable[Mutation]) -> dict[str, Mutation]:
     return {f"{m.model}, {m.mesh}, {m.tokens}": m for m in mutations}
 
 
+def every_second(mutations: dict[str, Mutation]) -> list:
+    """All as parameters, every second one of them for ``--every-case``."""
+    return [
+        pytest.param(mutation, id=name, marks=pytest.mark.extra if n % 2 else ())
+        for n, (name, mutation) in enumerate(mutations.items())
+    ]
+
+
 class Comparison:
     """``comparison(mutation)``: where that would show, how far the logits of tpjax, as it is at the
     moment of the call, are from transformers'. Every model is made once, in a ``new_folder(name)``.
