@@ -64,7 +64,7 @@ def on_one_device(tiny_model):
     "data, tensor, kv_heads, split",
     [
         pytest.param(1, 2, 4, (1, 2, 1), marks=pytest.mark.extra),
-        (1, 4, 4, (1, 4, 1)),
+        pytest.param(1, 4, 4, (1, 4, 1), marks=pytest.mark.extra),
         pytest.param(1, 8, 8, (1, 8, 1), marks=pytest.mark.extra),
         (1, 8, 4, (1, 4, 2)),
         pytest.param(1, 8, 2, (1, 2, 4), marks=pytest.mark.extra),

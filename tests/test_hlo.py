@@ -26,7 +26,7 @@ def kinds(text: str) -> Counter:
 
 
 @pytest.mark.parametrize("data, tensor", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)])
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("rows", [4, pytest.param(2, marks=pytest.mark.extra)])
 def test_decode_on_a_cpu_mesh_has_only_the_planned_collectives(data, tensor, rows):
     words = {"rows": rows, "context": 64, "data": data, "tensor": tensor}
     assert audited(SMALL, f"decode[b{rows}]", "cpu:8", **words).findings() == []

@@ -55,7 +55,7 @@ def _cases():
     """By default one family with each kind of norm and of sum."""
     for family in FAMILIES:
         for tensor in (1, 4):
-            usual = tensor == 4 and family in ("llama", "gemma2", "opt", "qwen2_moe")
+            usual = tensor == 4 and family in ("llama", "gemma2", "opt")
             marks = () if usual else pytest.mark.extra
             yield pytest.param(family, tensor, marks=marks)
 

@@ -67,7 +67,7 @@ def times_used(llm: tpjax.LLM, step: str) -> int:
 
 
 @needs_it
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.extra)])
 def test_where_it_is_used(dtype, quiet):
     """For one row of 16 bits, and for several of either; of a chunk of a prompt, for its one row of
     logits."""

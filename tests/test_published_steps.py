@@ -25,9 +25,9 @@ def found_in(config, step: str, hardware: str = "h100:8", **more) -> list[str]:
 
 
 def _cases():
-    """Prefill by default of every fourth model: it has the same products as decode."""
+    """Prefill by default of every sixth model: it has the same products as decode."""
     for n, (name, sizes, step) in enumerate(CASES):
-        usual = step.startswith("decode") or n % 8 == 5
+        usual = step.startswith("decode") or n % 12 == 5
         marks = () if usual else pytest.mark.extra
         yield pytest.param(name, sizes, step, marks=marks, id=budgets.key(name, sizes, step))
 
