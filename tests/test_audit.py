@@ -11,7 +11,7 @@ import pytest
 from tests.audited import audited
 from tests.published import published
 from tpjax import executables, patterns
-from tpjax.audit import targets
+from tpjax.audit import program, targets
 from tpjax.bench import plan as grid
 from tpjax.cache import KVCache
 from tpjax.cli import main
@@ -304,6 +304,28 @@ def test_the_plan_says_what_the_compiler_says(point):
 
 def test_the_grid_is_large():
     assert len(grid.points()) >= 100
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", ("tensor",)),
+        ("[2,4]<=[8]", ("tensor",)),
+        ("[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("mesh['data'=2,'expert'=1,'tensor'=4,'rep'=1] {'tensor'}", ("tensor",)),
+        (
+            "mesh['data'=2,'expert'=1,'tensor'=4,'rep'=1] {'data','expert','tensor'}",
+            ("data", "tensor"),
+        ),
+    ],
+)
+def test_groups_of_devices_in_every_form(groups, axes):
+    """Lists, iotas, and names, as jax 0.11 has them too."""
+    line = (
+        f"  %x = f32[4]{{0}} all-reduce(%y), channel_id=1, replica_groups={groups}, to_apply=%add"
+    )
+    sizes = {"data": 2, "expert": 1, "tensor": 4, "rep": 1}
+    assert program._axes(line, sizes) == axes
 
 
 # --- the command

@@ -23,6 +23,12 @@ COMPILER = any(map(shutil.which, native.COMPILERS))
 needs_it = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def built():
+    """Registered in every process that runs any of these."""
+    assert native.ready() or not COMPILER, native.why_not()
+
+
 @needs_it
 @settings(max_examples=25, deadline=None)
 @given(
@@ -34,7 +40,6 @@ needs_it = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
 )
 def test_any_shape(rows, features, outputs, dtype, devices):
     """Tails of vectors, of groups of rows and of chunks; with helpers and alone."""
-    assert native.ready(), native.why_not()
     rng = np.random.default_rng([rows, features, outputs])
     x, w = (jnp.asarray(rng.normal(size=(n, features)), dtype) for n in (rows, outputs))
     got = np.asarray(native.few_rows(x, w, devices))

@@ -28,6 +28,7 @@ _PASSED_ON = {
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,{}]*\}\}|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)")
+_NAMED = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")  # as jax 0.11 writes some
 _SCOPE = re.compile(r"(blocks\.\d+\.(?:attn|mlp|moe))(?:/(q|k|v|o|cache|gate|up|down)\b)?")
 
 
@@ -145,6 +146,8 @@ def _op_name(line: str) -> str:
 
 def _axes(line: str, sizes: dict[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the devices of one group differ."""
+    if named := _NAMED.search(line):
+        return tuple(axis for axis in sizes if f"'{axis}'" in named[1] and sizes[axis] > 1)
     match = _GROUPS.search(line)
     group = _first_group(match[1], math.prod(sizes.values())) if match else []
     places = np.array([np.unravel_index(n, tuple(sizes.values())) for n in group])
