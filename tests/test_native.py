@@ -107,6 +107,15 @@ def alone(tmp_path, **env) -> str:
 
 
 @needs_it
+def test_built_for_one_process_where_nothing_can_be_kept(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    env = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "tmp")}
+    assert alone(tmp_path, **env) == "ready"
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@needs_it
 def test_built_once_and_told_why_not(tmp_path):
     assert alone(tmp_path) == "ready"
     (library,) = (tmp_path / "tpjax/native").iterdir()

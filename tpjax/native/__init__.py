@@ -66,8 +66,7 @@ def why_not() -> str:
     if compiler is None:
         return f"no C++ compiler ({', '.join(COMPILERS)})"
     try:
-        library = ctypes.cdll.LoadLibrary(str(_built(compiler)))
-        function = getattr(library, TARGET)
+        function = getattr(_library(compiler), TARGET)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}"
@@ -75,8 +74,9 @@ def why_not() -> str:
     return ""
 
 
-def _built(compiler: str) -> Path:
-    """The library, from the user's cache if it is there: it is named by all it depends on."""
+def _library(compiler: str) -> ctypes.CDLL:
+    """The library, from the user's cache if it is there: it is named by all it depends on. Where
+    nothing can be kept, every process builds its own."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
     ).stdout
@@ -85,16 +85,27 @@ def _built(compiler: str) -> Path:
     folder = env.cache_dir() / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        kept = os.access(folder, os.W_OK) or (folder / name).exists()
     except OSError:
-        folder = None
-    if folder is None or not os.access(folder, os.W_OK):  # then every process builds its own
-        folder = Path(tempfile.mkdtemp(prefix="tpjax-native-"))
-    if not (folder / name).exists():
-        partial = folder / f".{name}.{os.getpid()}"
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(partial)]
+        kept = False
+    if kept:
+        if not (folder / name).exists():
+            _build(compiler, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(prefix="tpjax-native-") as passing:
+        _build(compiler, Path(passing) / name)
+        return ctypes.CDLL(str(Path(passing) / name))  # stays mapped when the file is gone
+
+
+def _build(compiler: str, file: Path) -> None:
+    """Compile it; the file appears whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(partial)]
+    try:
         subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
-        os.replace(partial, folder / name)
-    return folder / name
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _machine() -> str:
