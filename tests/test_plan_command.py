@@ -254,15 +254,9 @@ def test_the_page_of_quoted_numbers_is_the_tools():
 
 
 def test_predictions_beside_published_measurements():
-    """Every figure within 25 %, half of them within 15, but for three that BENCHMARKS.md explains:
-    gpt-fast's 405B, SGLang's batch of 128, and all-reduces on a slice of TPUs."""
+    """Every figure within 25 %, half of them within 15: also those that chose no number."""
     found = list(figures())
-    outside = [(f.stack, f.model) for f in found if abs(f.error) > 0.25]
-    assert outside == [
-        ("gpt-fast-int8", "llama-3.1-405b"),
-        ("sglang", "llama-3.1-8b"),
-        ("jax-llm-examples", "llama-3.1-70b"),
-    ]
+    assert [(f.stack, f.model, f.what) for f in found if abs(f.error) > 0.25] == []
     assert len(found) >= 60 and statistics.median(abs(f.error) for f in found) < 0.15
 
 

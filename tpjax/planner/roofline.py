@@ -27,8 +27,9 @@ class Stack:
     these. ``arithmetic``: share of the peak rate. ``layer``: seconds a layer takes beyond that
     (launches, small kernels); ``step``: the same of everything that is not a layer. ``one_shot``:
     whether small all-reduces are written straight into the other devices' memory. ``sum_bytes``: of
-    an element that is summed. ``chunk``: tokens prefilled per call. ``memory``: share of a device's
-    memory that weights and cache may take."""
+    an element that is summed. ``prefetch``: whether the next weights are read while devices sum.
+    ``chunk``: tokens prefilled per call. ``memory``: share of a device's memory that weights and
+    cache may take."""
 
     name: str
     weights: float = 0.90
@@ -38,6 +39,7 @@ class Stack:
     step: float = 100e-6
     one_shot: bool = True
     sum_bytes: int = 2
+    prefetch: bool = False
     chunk: int = CHUNKS[-1]
     memory: float = USABLE
 
@@ -138,11 +140,16 @@ class Roofline:
             bytes_ += self.experts * max(1 - untouched, 1 / self.local_experts)
         scores = 4 * many * context * self.heads * c.head_dim
         flops = 2 * (many * self.products + rows * self.head) + scores
+        weights = bytes_ / (stack.weights * chip.bandwidth)
+        arithmetic = flops / (stack.arithmetic * self.peak)
+        communication = self._communication(many)
+        if stack.prefetch:  # what reading does not hide
+            communication = max(communication - max(weights - arithmetic, 0.0), 0.0)
         return Step(
-            weights=bytes_ / (stack.weights * chip.bandwidth),
-            arithmetic=flops / (stack.arithmetic * self.peak),
+            weights=weights,
+            arithmetic=arithmetic,
             cache=rows * context * self.kv_per_token / (stack.cache * chip.bandwidth),
-            communication=self._communication(many),
+            communication=communication,
             launch=c.layers * stack.layer + self.stage * stack.step,
         )
 
