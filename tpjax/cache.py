@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from tpjax.config import ModelConfig
+from tpjax.ops.attention import held_dtype
 from tpjax.plan import Plan
 
 
@@ -25,11 +26,13 @@ class KVCache:
     def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
         """Shapes, dtypes and shardings, for lowering without allocating."""
 
+        dtype = held_dtype(config.dtype, plan.platform == "cpu")
+
         def layer(n: int) -> Any:
             here = plan.at(f"blocks.{n}.attn")
             shape = (rows, len(here.heads(config).kv), length, config.head_dim)
             sharding = here.sharding("batch", "kv_heads", None, None)
-            return jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         return cls(tuple((layer(n), layer(n)) for n in range(config.layers)))
 

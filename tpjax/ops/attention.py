@@ -15,6 +15,19 @@ from tpjax.plan import Plan
 LayerCache = tuple[jax.Array, jax.Array]  # keys, values: [B, K, S, H]
 
 
+def held_dtype(dtype: str, on_cpu: bool) -> str:
+    """What a cache of ``dtype`` is held as. On a CPU halves are held as integers of the same bits:
+    XLA computes in float32 there, and to write one position it would widen all of them."""
+    return "uint16" if on_cpu and jnp.dtype(dtype).itemsize == 2 else dtype
+
+
+def as_dtype(x: jax.Array, dtype) -> jax.Array:
+    """A cast, or the same bits where one of the two is `held_dtype`'s integers."""
+    if x.dtype != dtype and jnp.uint16 in (x.dtype, dtype):
+        return jax.lax.bitcast_convert_type(x, dtype)
+    return x.astype(dtype)
+
+
 def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
     """The cache with T new positions from ``start`` on, in each sequence its own; in place when
     the cache is donated. One sequence is a plain slice update, several are one scatter."""
@@ -67,7 +80,8 @@ def attend_by_blocks(
         top_BKR, sum_BKR, o_BKRH = state
         first = jnp.asarray(n, jnp.int32) * BLOCK
         k, v = (
-            jax.lax.dynamic_slice_in_dim(held, first, BLOCK, axis=2) for held in (k_BKSH, v_BKSH)
+            as_dtype(jax.lax.dynamic_slice_in_dim(held, first, BLOCK, axis=2), q_BTNH.dtype)
+            for held in (k_BKSH, v_BKSH)
         )
         score = masked(q_BKRH, k, position_BT, first, scores)
         new_BKR = jnp.maximum(top_BKR, jnp.max(score, axis=-1))
@@ -93,7 +107,7 @@ def attend(
     has few scores and takes them at once."""
     S = k.shape[2]
     if at_a_time(S) == S or (q.shape[1] == 1 and not on_cpu):
-        return attention_ref.attend(q, k, v, position, scores)
+        return attention_ref.attend(q, *(as_dtype(held, q.dtype) for held in (k, v)), position, scores)
     blocks = jnp.max(position) // BLOCK + 1 if on_cpu else S // BLOCK
     return attend_by_blocks(q, k, v, position, scores, blocks)
 
@@ -116,8 +130,8 @@ def cached_attention(
     on_cpu = plan.platform == "cpu"
 
     def local(q, k, v, keys, values, position):
-        keys = write(keys, k.astype(keys.dtype), position[:, 0])
-        values = write(values, v.astype(values.dtype), position[:, 0])
+        keys = write(keys, as_dtype(k, keys.dtype), position[:, 0])
+        values = write(values, as_dtype(v, values.dtype), position[:, 0])
         return attend(on_cpu, q, keys, values, position, scores), keys, values
 
     new = plan.spec("batch", None, "kv_heads", None)
