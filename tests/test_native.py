@@ -1,4 +1,4 @@
-"""Our own kernel for few rows on a CPU: the numbers, where it is used, and what happens without."""
+"""Our own kernels for CPUs: the numbers, where they are used, and what happens without."""
 
 import os
 import shutil
@@ -18,6 +18,9 @@ from tpjax import native
 from tpjax.audit.verdict import Audit
 from tpjax.checkpoint.folder import bundled
 from tpjax.executables import Executables
+from tpjax.ops import attention_ref
+from tpjax.ops.attention import as_dtype, held_dtype
+from tpjax.ops.attention_ref import Scores
 
 COMPILER = any(map(shutil.which, native.COMPILERS))
 needs_it = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
@@ -63,24 +66,70 @@ def test_shapes_that_do_not_fit_are_refused():
         jax.block_until_ready(native.few_rows(x, w, 1))
 
 
-def times_used(llm: tpjax.LLM, step: str) -> int:
+@needs_it
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    kv=st.integers(1, 3),
+    groups=st.integers(1, 9),
+    positions=st.integers(1, 90),
+    features=st.sampled_from([8, 33, 64, 80, 128]),
+    scores=st.sampled_from([Scores(0.1), Scores(0.2, softcap=3.0), Scores(0.1, window=7)]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_attention_of_any_shape(rows, kv, groups, positions, features, scores, dtype):
+    """As the definition has it; what is beyond a sequence's positions is not even read."""
+    rng = np.random.default_rng([rows, kv, groups, positions])
+    heads = kv * groups
+    q = jnp.asarray(rng.normal(size=(rows, 1, heads, features)), dtype)
+    k, v = (jnp.asarray(rng.normal(size=(rows, kv, positions, features)), dtype) for _ in "kv")
+    at = jnp.asarray(rng.integers(0, positions, rows), jnp.int32)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    want = attention_ref.attend(*wide, at[:, None], scores)
+    beyond = jnp.arange(positions)[None, :] > at[:, None]
+    k, v = (jnp.where(beyond[:, None, :, None], jnp.nan, x) for x in (k, v))
+    held = held_dtype(dtype, on_cpu=True)
+    got = native.attend(q, as_dtype(k, held), as_dtype(v, held), at, scores, 1)
+    assert got.dtype == q.dtype
+    few = 1e-5 if dtype == "float32" else 2e-2
+    assert np.abs(np.asarray(got, np.float32) - np.asarray(want)).max() <= few
+
+
+@needs_it
+def test_attention_that_does_not_fit_is_refused():
+    q, k, at = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 4, 8, 8)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(Exception, match=r"q\[B,1,N,H\]"):
+        jax.block_until_ready(native.attend(q, k, k, at, Scores(1.0), 1))
+    with pytest.raises(Exception, match="a cache of its bits"):
+        half = k.astype(jnp.bfloat16)
+        jax.block_until_ready(native.attend(q[:, :1], half, half, at, Scores(1.0), 1))
+
+
+def times_used(llm: tpjax.LLM, step: str, kernel: str = native.FEW_ROWS) -> int:
     """In a step compiled anew; which must be what its plan states: no weight copied or widened."""
     exe = Executables(llm.table, llm.executables.buckets)
     compiled = exe.lower(step).compile()
     assert Audit(compiled, exe, step).findings() == []
-    return (compiled.as_text() or "").count(f'custom_call_target="{native.TARGET}"')
+    return (compiled.as_text() or "").count(f'custom_call_target="{kernel}"')
 
 
 @needs_it
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.extra)])
 def test_where_it_is_used(dtype, quiet):
     """For one row of 16 bits, and for several of either; of a chunk of a prompt, for its one row of
-    logits."""
+    logits. Attention where there is one new token."""
     llm = tpjax.LLM(bundled(), 2, dtype=dtype, max_model_len=64, max_num_seqs=4, **quiet)
     one, every = int(dtype == "bfloat16"), 7 * llm.config.layers + 1
     assert times_used(llm, "decode[b1]") == one * every
     assert times_used(llm, "decode[b4]") == every
     assert times_used(llm, "prefill[t32]") == one
+    assert times_used(llm, "decode[b4]", native.ATTEND) == llm.config.layers
+
+
+def test_one_row_of_float32_only_with_a_large_matrix():
+    assert [native.wins(1, jnp.float32, n) for n in (2**20, 2**21)] == [False, True]
+    assert native.wins(2, jnp.float32, 1) and native.wins(1, jnp.bfloat16, 1)
+    assert not native.wins(9, jnp.bfloat16, 2**30) and not native.wins(1, jnp.float16, 2**30)
 
 
 @needs_it

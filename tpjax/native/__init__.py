@@ -1,7 +1,9 @@
-"""Our own kernel for CPUs: products of few rows, built from `matvec.cc` by the machine's compiler.
+"""Our own kernels for CPUs, built by the machine's compiler: products of few rows (`matvec.cc`) and
+attention of one new token (`attend.cc`).
 
-XLA has nothing fast there for bfloat16: it repacks every weight on every call. Without a compiler
-its products are used all the same; `ready` says whether, `why_not` why not.
+XLA has nothing fast there for bfloat16: it repacks every weight on every call, and widens what it
+reads of the cache. Without a compiler it is used all the same; `ready` says whether, `why_not` why
+not.
 """
 
 import ctypes
@@ -17,31 +19,64 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpjax import env
+from tpjax.ops.attention_ref import Scores
 
-SOURCE = Path(__file__).with_name("matvec.cc")
-TARGET = "tpjax_few_rows"
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("matvec.cc", "attend.cc")]
+FEW_ROWS, ATTEND = "tpjax_few_rows", "tpjax_attend"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-SECONDS = 300  # it takes three
+SECONDS = 300  # it takes ten
 MOST_ROWS = 8
+LARGE = 1 << 21  # weights on one device
 
 
-def wins(rows: int, dtype) -> bool:
-    """Whether it is faster than XLA's product (BENCHMARKS.md, "Few rows on a CPU"): not for one row
-    of float32, which XLA reads as fast as the memory goes."""
-    if dtype == jnp.bfloat16:
-        return rows <= MOST_ROWS
-    return dtype == jnp.float32 and 1 < rows <= MOST_ROWS
+def wins(rows: int, dtype, weights: int) -> bool:
+    """Whether it is faster than XLA's product with so many weights (BENCHMARKS.md, "Few rows on a
+    CPU"): one row of float32 XLA reads as fast where the matrix is small."""
+    if dtype == jnp.float32 and rows == 1:
+        return weights >= LARGE
+    return dtype in (jnp.bfloat16, jnp.float32) and rows <= MOST_ROWS
 
 
 def few_rows(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
     """``x @ w.T`` in float32 on one of ``devices``, which share the processors: each has its own
     thread, and more where there are more processors."""
     shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_OI.shape[0]), jnp.float32)
-    threads = max(1, _processors() // devices)
-    return jax.ffi.ffi_call(TARGET, shape)(x_RI, w_OI, threads=threads)
+    return jax.ffi.ffi_call(FEW_ROWS, shape)(x_RI, w_OI, threads=_threads(devices))
+
+
+def attends(tokens: int, dtype) -> bool:
+    """Whether `attend` is for this many new tokens of a sequence, of this dtype."""
+    return tokens == 1 and dtype in (jnp.bfloat16, jnp.float32)
+
+
+def attend(
+    q_B1NH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    position_B: jax.Array,
+    scores: Scores,
+    devices: int,
+) -> jax.Array:
+    """`tpjax.ops.attention_ref.attend` of one new token, in float32 throughout, on one of
+    ``devices``. Reads the positions that a sequence has, and no others; a cache of bfloat16 is
+    given as integers of its bits."""
+    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q_B1NH.shape, jnp.float32))
+    about = {
+        "scale": np.float32(scores.scale),
+        "softcap": np.float32(scores.softcap or 0.0),
+        "window": scores.window or 0,
+        "threads": _threads(devices),
+    }
+    return call(q_B1NH, k_BKSH, v_BKSH, position_B, **about).astype(q_B1NH.dtype)
+
+
+def _threads(devices: int) -> int:
+    return max(1, _processors() // devices)
 
 
 def _processors() -> int:
@@ -66,11 +101,13 @@ def why_not() -> str:
     if compiler is None:
         return f"no C++ compiler ({', '.join(COMPILERS)})"
     try:
-        function = getattr(_library(compiler), TARGET)
+        library = _library(compiler)
+        functions = {name: getattr(library, name) for name in (FEW_ROWS, ATTEND)}
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    for name, function in functions.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     return ""
 
 
@@ -80,8 +117,9 @@ def _library(compiler: str) -> ctypes.CDLL:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
     ).stdout
-    about = (SOURCE.read_text(), version, FLAGS, importlib.metadata.version("jaxlib"), _machine())
-    name = f"few_rows-{hashlib.sha256(repr(about).encode()).hexdigest()[:20]}.so"
+    text = [file.read_text() for file in (*SOURCES, FOLDER / "rows.h")]
+    about = (text, version, FLAGS, importlib.metadata.version("jaxlib"), _machine())
+    name = f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:20]}.so"
     folder = env.cache_dir() / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +138,8 @@ def _library(compiler: str) -> ctypes.CDLL:
 def _build(compiler: str, file: Path) -> None:
     """Compile it; the file appears whole or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(partial)]
+    sources = map(str, SOURCES)
+    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(partial)]
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
         os.replace(partial, file)

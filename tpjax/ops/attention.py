@@ -7,6 +7,7 @@ dim.
 import jax
 import jax.numpy as jnp
 
+from tpjax import native
 from tpjax.buckets import BLOCK, at_a_time
 from tpjax.ops import attention_ref
 from tpjax.ops.attention_ref import MASKED, Scores, dot, grouped, masked, ungrouped
@@ -23,7 +24,7 @@ def held_dtype(dtype: str, on_cpu: bool) -> str:
 
 def as_dtype(x: jax.Array, dtype) -> jax.Array:
     """A cast, or the same bits where one of the two is `held_dtype`'s integers."""
-    if x.dtype != dtype and jnp.uint16 in (x.dtype, dtype):
+    if x.dtype != dtype and jnp.uint16 in (x.dtype, jnp.dtype(dtype)):
         return jax.lax.bitcast_convert_type(x, dtype)
     return x.astype(dtype)
 
@@ -107,7 +108,8 @@ def attend(
     has few scores and takes them at once."""
     S = k.shape[2]
     if at_a_time(S) == S or (q.shape[1] == 1 and not on_cpu):
-        return attention_ref.attend(q, *(as_dtype(held, q.dtype) for held in (k, v)), position, scores)
+        k, v = as_dtype(k, q.dtype), as_dtype(v, q.dtype)
+        return attention_ref.attend(q, k, v, position, scores)
     blocks = jnp.max(position) // BLOCK + 1 if on_cpu else S // BLOCK
     return attend_by_blocks(q, k, v, position, scores, blocks)
 
@@ -132,7 +134,12 @@ def cached_attention(
     def local(q, k, v, keys, values, position):
         keys = write(keys, as_dtype(k, keys.dtype), position[:, 0])
         values = write(values, as_dtype(v, values.dtype), position[:, 0])
-        return attend(on_cpu, q, keys, values, position, scores), keys, values
+        if on_cpu and native.attends(q.shape[1], q.dtype) and native.ready():
+            devices = plan.mesh.devices.size
+            out = native.attend(q, keys, values, position[:, 0], scores, devices)
+        else:
+            out = attend(on_cpu, q, keys, values, position, scores)
+        return out, keys, values
 
     new = plan.spec("batch", None, "kv_heads", None)
     held = plan.spec("batch", "kv_heads", None, None)

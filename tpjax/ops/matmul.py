@@ -30,7 +30,8 @@ def matmul(
     Both operands have two dimensions: with a third, XLA on a CPU transposes the weight first.
     """
     partial = plan.mesh_axes(in_axis)
-    if product := _of_few_rows(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype):
+    weights = w_OI.size // plan.shards(out_axis) // plan.shards(in_axis)
+    if product := _of_few_rows(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype, weights):
         return jax.shard_map(
             product,
             mesh=plan.mesh,
@@ -53,7 +54,7 @@ def _dot(x_RI: jax.Array, w_OI: jax.Array, **more) -> jax.Array:
 
 
 def _of_few_rows(
-    plan: Plan, rows: int, dtype
+    plan: Plan, rows: int, dtype, weights: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """What each device better does than XLA's product, if there is something. On a CPU: our own
     kernel, if it could be built; if not, two rows for one of 16 bits, because XLA's fast kernels
@@ -61,7 +62,7 @@ def _of_few_rows(
     (BENCHMARKS.md, "bfloat16 on a CPU")."""
     if plan.platform != "cpu":
         return None
-    if native.wins(rows, dtype) and native.ready():
+    if native.wins(rows, dtype, weights) and native.ready():
         return functools.partial(native.few_rows, devices=plan.mesh.devices.size)
     if rows == 1 and dtype != jnp.float32:
         return lambda x_1I, w_OI: _dot(jnp.concatenate([x_1I, x_1I]), w_OI)[:1]

@@ -1,0 +1,179 @@
+// Attention of one new token of every sequence over the positions that are filled, for XLA on a CPU:
+// nothing else of the cache is read, and halves are widened on the way, in registers. In float32.
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+struct Scores {
+  float scale, softcap;  // softcap: 0 is none
+  int64_t window;        // 0 is none
+};
+
+// Of share[R][len], whose rows are `width` apart, and the values v[len][H], the sums of C steps of
+// features: o[R][...], whose rows are H apart.
+template <int R, int C, typename T>
+void MixSome(const float* share, const typename T::Stored* v, float* o, int64_t len, int64_t width,
+             int64_t H) {
+  constexpr int kVectors = T::kStep / kLanes;
+  Floats sum[R][C][kVectors] = {};
+  for (int64_t s = 0; s < len; ++s) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const typename T::Stored* from = v + s * H + c * T::kStep;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+      Floats value[kVectors];
+      T::Split(from, value);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) sum[r][c][n] += share[r * width + s] * value[n];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 0; k < C * T::kStep; ++k) {
+      int64_t place = k % T::kStep;
+      o[r * H + k] = sum[r][k / T::kStep][place % kVectors][place / kVectors];
+    }
+  }
+}
+
+// All features of R rows.
+template <int R, typename T>
+void Mix(const float* share, const typename T::Stored* v, float* o, int64_t len, int64_t width,
+         int64_t H) {
+  constexpr int kMany = 4 * kLanes / T::kStep;  // steps that are four vectors of float32
+  int64_t h = 0;
+  for (; h + kMany * T::kStep <= H; h += kMany * T::kStep) {
+    MixSome<R, kMany, T>(share, v + h, o + h, len, width, H);
+  }
+  for (; h + T::kStep <= H; h += T::kStep) MixSome<R, 1, T>(share, v + h, o + h, len, width, H);
+  for (; h < H; ++h) {
+    for (int r = 0; r < R; ++r) {
+      float sum = 0;
+      for (int64_t s = 0; s < len; ++s) sum += share[r * width + s] * T::Widen(v[s * H + h]);
+      o[r * H + h] = sum;
+    }
+  }
+}
+
+// e^x for x <= 0, to a few units in the last place: 2^n times a polynomial of what is left of the
+// exponent (the Taylor series of 2^r, |r| <= 1/2, whose next term is below 2^-24).
+inline Floats Exp(Floats x) {
+  constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  Floats t = x * kLog2e, n = (t + kRound) - kRound, r = t - n;
+  Floats p = r * 1.54035304e-4f + 1.33335581e-3f;
+  p = p * r + 9.61812911e-3f;
+  p = p * r + 5.55041087e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147181e-1f;
+  p = p * r + 1.0f;
+  Words bits = Bits<Words>(n + kRound) << 23;  // n is in the low bits of that sum
+  return Bits<Floats>(Bits<Words>(p) + bits);
+}
+
+// Softmax of one row, in place, which has room for whole vectors. What is beyond `len` becomes zero.
+inline void Softmax(float* row, int64_t len, const Scores& scores) {
+  if (scores.softcap > 0) {
+    for (int64_t s = 0; s < len; ++s) {
+      row[s] = std::tanh(row[s] * scores.scale / scores.softcap) * scores.softcap;
+    }
+  }
+  float scale = scores.softcap > 0 ? 1.0f : scores.scale;
+  for (int64_t s = len; s % kLanes != 0; ++s) row[s] = -INFINITY;
+  Floats tops = Floats{} - INFINITY, sums = {};
+  for (int64_t s = 0; s < len; s += kLanes) {
+    Floats x = Load<Floats>(row + s) * scale;
+    tops = x > tops ? x : tops;
+    std::memcpy(row + s, &x, sizeof(x));
+  }
+  float top = -INFINITY;
+  for (int n = 0; n < kLanes; ++n) top = std::max(top, tops[n]);
+  for (int64_t s = 0; s < len; s += kLanes) {
+    Floats e = Exp(Load<Floats>(row + s) - top);
+    if (s + kLanes > len) {
+      for (int64_t n = len - s; n < kLanes; ++n) e[n] = 0;
+    }
+    sums += e;
+    std::memcpy(row + s, &e, sizeof(e));
+  }
+  float scaled = 1 / Sum(sums);
+  for (int64_t s = 0; s < len; ++s) row[s] *= scaled;
+}
+
+// The queries of one key/value head of one sequence: q[G][H] to o[G][H], over len positions.
+template <typename T>
+void Attend(const typename T::Stored* q, const typename T::Stored* k, const typename T::Stored* v,
+            float* o, int64_t groups, int64_t len, int64_t H, const Scores& scores) {
+  int64_t width = (len + kLanes - 1) / kLanes * kLanes;
+  // Kept by the thread: memory that is asked for anew is cleared page by page.
+  thread_local std::vector<float> sorted, share;
+  share.resize(std::max<size_t>(share.size(), groups * width));
+  Range<T>(T::Rows(q, groups, H, sorted), k, share.data(), groups, H, width, 0, len);
+  for (int64_t g = 0; g < groups; ++g) Softmax(share.data() + g * width, len, scores);
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    Mix<4, T>(share.data() + g * width, v, o + g * H, len, width, H);
+  }
+  for (; g < groups; ++g) Mix<1, T>(share.data() + g * width, v, o + g * H, len, width, H);
+}
+
+template <typename T>
+ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi::AnyBuffer q,
+               ffi::AnyBuffer k, ffi::AnyBuffer v, const int32_t* position, float* o) {
+  using Stored = typename T::Stored;
+  auto shape = k.dimensions();
+  int64_t B = shape[0], K = shape[1], S = shape[2], H = shape[3];
+  int64_t groups = q.dimensions()[2] / K;
+  auto at = [](ffi::AnyBuffer x) { return static_cast<const Stored*>(x.untyped_data()); };
+  InParallel(pool, threads, B * K, [&](int64_t n) {
+    int64_t end = std::clamp<int64_t>(position[n / K] + 1, 1, S);
+    int64_t first = scores.window > 0 ? std::max<int64_t>(0, end - scores.window) : 0;
+    int64_t from = (n * S + first) * H, row = n * groups * H;
+    Attend<T>(at(q) + row, at(k) + from, at(v) + from, o + row, groups, end - first, H, scores);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error AttendOne(ffi::ThreadPool pool, int64_t threads, float scale, float softcap,
+                     int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> position, ffi::ResultBuffer<ffi::F32> o) {
+  auto qs = q.dimensions(), ks = k.dimensions();
+  auto held = static_cast<int64_t>(position.element_count());
+  if (qs.size() != 4 || ks.size() != 4 || qs[0] != ks[0] || qs[1] != 1 || qs[3] != ks[3] ||
+      qs[2] % ks[1] != 0 || v.element_count() != k.element_count() || held != ks[0]) {
+    return ffi::Error::InvalidArgument("q[B,1,N,H], k and v [B,K,S,H] and position[B] are meant");
+  }
+  Scores scores{scale, softcap, window};
+  auto is = [&](ffi::DataType query, ffi::DataType held) {
+    return q.element_type() == query && k.element_type() == held && v.element_type() == held;
+  };
+  if (is(ffi::DataType::F32, ffi::DataType::F32)) {
+    return Run<F32>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
+  }
+  if (is(ffi::DataType::BF16, ffi::DataType::U16)) {
+    return Run<BF16>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
+  }
+  return ffi::Error::InvalidArgument("float32, or bfloat16 with a cache of its bits, is meant");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tpjax_attend, AttendOne,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
