@@ -1,5 +1,5 @@
 """Our own kernels for CPUs, built by the machine's compiler: products of few rows (`matvec.cc`) and
-attention of one new token (`attend.cc`).
+attention over the cache (`attend.cc`).
 
 XLA has nothing fast there for bfloat16: it repacks every weight on every call, and widens what it
 reads of the cache. Without a compiler it is used all the same; `ready` says whether, `why_not` why
@@ -49,30 +49,30 @@ def few_rows(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
     return jax.ffi.ffi_call(FEW_ROWS, shape)(x_RI, w_OI, threads=_threads(devices))
 
 
-def attends(tokens: int, dtype) -> bool:
-    """Whether `attend` is for this many new tokens of a sequence, of this dtype."""
-    return tokens == 1 and dtype in (jnp.bfloat16, jnp.float32)
+def attends(dtype) -> bool:
+    """Whether `attend` is for this dtype."""
+    return dtype in (jnp.bfloat16, jnp.float32)
 
 
 def attend(
-    q_B1NH: jax.Array,
+    q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    position_B: jax.Array,
+    start_B: jax.Array,
     scores: Scores,
     devices: int,
 ) -> jax.Array:
-    """`tpjax.ops.attention_ref.attend` of one new token, in float32 throughout, on one of
-    ``devices``. Reads the positions that a sequence has, and no others; a cache of bfloat16 is
-    given as integers of its bits."""
-    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q_B1NH.shape, jnp.float32))
+    """`tpjax.ops.attention_ref.attend` of T new tokens from position ``start`` on, in float32
+    throughout, on one of ``devices``. Reads the positions that a sequence has, and no others; a
+    cache of bfloat16 is given as integers of its bits."""
+    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32))
     about = {
         "scale": np.float32(scores.scale),
         "softcap": np.float32(scores.softcap or 0.0),
         "window": scores.window or 0,
         "threads": _threads(devices),
     }
-    return call(q_B1NH, k_BKSH, v_BKSH, position_B, **about).astype(q_B1NH.dtype)
+    return call(q_BTNH, k_BKSH, v_BKSH, start_B, **about).astype(q_BTNH.dtype)
 
 
 def _threads(devices: int) -> int:

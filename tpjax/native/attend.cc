@@ -1,5 +1,8 @@
-// Attention of one new token of every sequence over the positions that are filled, for XLA on a CPU:
-// nothing else of the cache is read, and halves are widened on the way, in registers. In float32.
+// Attention of new tokens over the positions of the cache that each of them sees, for XLA on a CPU:
+// nothing else is read, and halves are widened on the way, in registers. In float32.
+//
+// The queries that share a key/value head, of one token or a few, are rows of the products. A row sees
+// what all of them see together; its share of the rest is zero.
 
 #include <cmath>
 
@@ -78,50 +81,73 @@ inline Floats Exp(Floats x) {
   return Bits<Floats>(Bits<Words>(p) + bits);
 }
 
-// Softmax of one row, in place, which has room for whole vectors. What is beyond `len` becomes zero.
-inline void Softmax(float* row, int64_t len, const Scores& scores) {
+// Softmax of the positions [first, end) of one row, in place; zero for all others of `width`, whole
+// vectors.
+inline void Softmax(float* row, int64_t first, int64_t end, int64_t width, const Scores& scores) {
+  float scale = scores.scale;
   if (scores.softcap > 0) {
-    for (int64_t s = 0; s < len; ++s) {
-      row[s] = std::tanh(row[s] * scores.scale / scores.softcap) * scores.softcap;
+    for (int64_t s = first; s < end; ++s) {
+      row[s] = std::tanh(row[s] * scale / scores.softcap) * scores.softcap;
     }
+    scale = 1.0f;
   }
-  float scale = scores.softcap > 0 ? 1.0f : scores.scale;
-  for (int64_t s = len; s % kLanes != 0; ++s) row[s] = -INFINITY;
+  std::fill(row, row + first, -INFINITY);
+  std::fill(row + end, row + width, -INFINITY);
   Floats tops = Floats{} - INFINITY, sums = {};
-  for (int64_t s = 0; s < len; s += kLanes) {
+  for (int64_t s = 0; s < width; s += kLanes) {
     Floats x = Load<Floats>(row + s) * scale;
     tops = x > tops ? x : tops;
     std::memcpy(row + s, &x, sizeof(x));
   }
   float top = -INFINITY;
   for (int n = 0; n < kLanes; ++n) top = std::max(top, tops[n]);
-  for (int64_t s = 0; s < len; s += kLanes) {
+  for (int64_t s = 0; s < width; s += kLanes) {
     Floats e = Exp(Load<Floats>(row + s) - top);
-    if (s + kLanes > len) {
-      for (int64_t n = len - s; n < kLanes; ++n) e[n] = 0;
-    }
     sums += e;
     std::memcpy(row + s, &e, sizeof(e));
   }
   float scaled = 1 / Sum(sums);
-  for (int64_t s = 0; s < len; ++s) row[s] *= scaled;
+  for (int64_t s = first; s < end; ++s) row[s] *= scaled;
+  std::fill(row, row + first, 0.0f);
+  std::fill(row + end, row + width, 0.0f);
 }
 
-// The queries of one key/value head of one sequence: q[G][H] to o[G][H], over len positions.
+// One key/value head of one sequence: k and v [S][H]. The queries of `tokens` tokens from position `at`
+// on, whose rows are `stride` apart and hold G heads each, to o, which is like them.
 template <typename T>
 void Attend(const typename T::Stored* q, const typename T::Stored* k, const typename T::Stored* v,
-            float* o, int64_t groups, int64_t len, int64_t H, const Scores& scores) {
+            float* o, int64_t tokens, int64_t at, int64_t stride, int64_t G, int64_t H,
+            const Scores& scores) {
+  auto begin = [&](int64_t t) {
+    return scores.window > 0 ? std::max<int64_t>(0, at + t + 1 - scores.window) : 0;
+  };
+  int64_t first = begin(0), len = at + tokens - first, rows = tokens * G;
   int64_t width = (len + kLanes - 1) / kLanes * kLanes;
   // Kept by the thread: memory that is asked for anew is cleared page by page.
-  thread_local std::vector<float> sorted, share;
-  share.resize(std::max<size_t>(share.size(), groups * width));
-  Range<T>(T::Rows(q, groups, H, sorted), k, share.data(), groups, H, width, 0, len);
-  for (int64_t g = 0; g < groups; ++g) Softmax(share.data() + g * width, len, scores);
-  int64_t g = 0;
-  for (; g + 4 <= groups; g += 4) {
-    Mix<4, T>(share.data() + g * width, v, o + g * H, len, width, H);
+  thread_local std::vector<float> sorted, share, mixed;
+  thread_local std::vector<typename T::Stored> queries;
+  share.resize(std::max<size_t>(share.size(), rows * width));
+  mixed.resize(rows * H);
+  queries.resize(rows * H);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::copy(q + t * stride, q + t * stride + G * H, queries.begin() + t * G * H);
   }
-  for (; g < groups; ++g) Mix<1, T>(share.data() + g * width, v, o + g * H, len, width, H);
+  k += first * H, v += first * H;
+  Range<T>(T::Rows(queries.data(), rows, H, sorted), k, share.data(), rows, H, width, 0, len);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t t = r / G;
+    Softmax(share.data() + r * width, begin(t) - first, at + t + 1 - first, width, scores);
+  }
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    Mix<4, T>(share.data() + r * width, v, mixed.data() + r * H, len, width, H);
+  }
+  for (; r < rows; ++r) {
+    Mix<1, T>(share.data() + r * width, v, mixed.data() + r * H, len, width, H);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::copy(mixed.begin() + t * G * H, mixed.begin() + (t + 1) * G * H, o + t * stride);
+  }
 }
 
 template <typename T>
@@ -130,25 +156,28 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi
   using Stored = typename T::Stored;
   auto shape = k.dimensions();
   int64_t B = shape[0], K = shape[1], S = shape[2], H = shape[3];
-  int64_t groups = q.dimensions()[2] / K;
+  int64_t new_tokens = q.dimensions()[1], N = q.dimensions()[2], G = N / K;
+  int64_t together = std::min(new_tokens, std::max<int64_t>(1, kMostRows / G));
+  int64_t parts = (new_tokens + together - 1) / together;
   auto at = [](ffi::AnyBuffer x) { return static_cast<const Stored*>(x.untyped_data()); };
-  InParallel(pool, threads, B * K, [&](int64_t n) {
-    int64_t end = std::clamp<int64_t>(position[n / K] + 1, 1, S);
-    int64_t first = scores.window > 0 ? std::max<int64_t>(0, end - scores.window) : 0;
-    int64_t from = (n * S + first) * H, row = n * groups * H;
-    Attend<T>(at(q) + row, at(k) + from, at(v) + from, o + row, groups, end - first, H, scores);
+  InParallel(pool, threads, B * K * parts, [&](int64_t n) {
+    int64_t head = n / parts, b = head / K, token = n % parts * together;
+    int64_t place = std::clamp<int64_t>(position[b] + token, 0, S - 1);
+    int64_t tokens = std::min({together, new_tokens - token, S - place});
+    int64_t row = ((b * new_tokens + token) * N + head % K * G) * H, from = head * S * H;
+    Attend<T>(at(q) + row, at(k) + from, at(v) + from, o + row, tokens, place, N * H, G, H, scores);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error AttendOne(ffi::ThreadPool pool, int64_t threads, float scale, float softcap,
+ffi::Error AttendCached(ffi::ThreadPool pool, int64_t threads, float scale, float softcap,
                      int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::S32> position, ffi::ResultBuffer<ffi::F32> o) {
   auto qs = q.dimensions(), ks = k.dimensions();
   auto held = static_cast<int64_t>(position.element_count());
-  if (qs.size() != 4 || ks.size() != 4 || qs[0] != ks[0] || qs[1] != 1 || qs[3] != ks[3] ||
+  if (qs.size() != 4 || ks.size() != 4 || qs[0] != ks[0] || qs[3] != ks[3] ||
       qs[2] % ks[1] != 0 || v.element_count() != k.element_count() || held != ks[0]) {
-    return ffi::Error::InvalidArgument("q[B,1,N,H], k and v [B,K,S,H] and position[B] are meant");
+    return ffi::Error::InvalidArgument("q[B,T,N,H], k and v [B,K,S,H] and position[B] are meant");
   }
   Scores scores{scale, softcap, window};
   auto is = [&](ffi::DataType query, ffi::DataType held) {
@@ -165,7 +194,7 @@ ffi::Error AttendOne(ffi::ThreadPool pool, int64_t threads, float scale, float s
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tpjax_attend, AttendOne,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tpjax_attend, AttendCached,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("threads")
