@@ -57,7 +57,7 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, d
     for name in (f"decode[b{data}]", "decode[b4]", "prefill[t32]"):
         compiled = exe.lower(name).compile()
         text = compiled.as_text()
-        fast = text.count("__ynn_fusion") + text.count(f'custom_call_target="{native.FEW_ROWS}"')
+        fast = text.count("__ynn_fusion") + text.count(f'custom_call_target="{native.PRODUCT}"')
         assert fast >= 8, f"{name}: products outside the fast paths"
         large = [one for one in program.made(text) if one.moves and one.array.bytes >= 2 * smallest]
         assert [one for one in large if one.array.dtype in ("bf16", "f32")] == []

@@ -1,4 +1,4 @@
-"""Our own kernels for CPUs, built by the machine's compiler: products of few rows (`matvec.cc`) and
+"""Our own kernels for CPUs, built by the machine's compiler: products (`product.cc`) and
 attention over the cache (`attend.cc`).
 
 XLA has nothing fast there for bfloat16: it repacks every weight on every call, and widens what it
@@ -25,33 +25,36 @@ from tpjax import env
 from tpjax.ops.attention_ref import Scores
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("matvec.cc", "attend.cc")]
-FEW_ROWS, ATTEND = "tpjax_few_rows", "tpjax_attend"
+SOURCES = [FOLDER / name for name in ("product.cc", "attend.cc")]
+PRODUCT, ATTEND = "tpjax_product", "tpjax_attend"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 SECONDS = 300  # it takes ten
-MOST_ROWS = 8
+MOST_ROWS = 8  # of a product that is as fast as its weights are read
 LARGE = 1 << 21  # weights on one device
 
 
 def wins(rows: int, dtype, weights: int) -> bool:
-    """Whether it is faster than XLA's product with so many weights (BENCHMARKS.md, "Few rows on a
-    CPU"): one row of float32 XLA reads as fast where the matrix is small."""
-    if dtype == jnp.float32 and rows == 1:
-        return weights >= LARGE
-    return dtype in (jnp.bfloat16, jnp.float32) and rows <= MOST_ROWS
+    """Whether `product` is there and faster than XLA's with so many weights (BENCHMARKS.md,
+    "Products on a CPU"): one row of float32 XLA reads as fast where the matrix is small, and many
+    it multiplies as fast; many of bfloat16 it does not, where the processor multiplies them."""
+    if dtype not in (jnp.bfloat16, jnp.float32) or not ready():
+        return False
+    if dtype == jnp.bfloat16:
+        return rows <= _most_rows()
+    return rows <= MOST_ROWS and (rows > 1 or weights >= LARGE)
 
 
-def few_rows(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
+def product(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
     """``x @ w.T`` in float32 on one of ``devices``, which share the processors: each has its own
     thread, and more where there are more processors."""
     shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_OI.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(FEW_ROWS, shape)(x_RI, w_OI, threads=_threads(devices))
+    return jax.ffi.ffi_call(PRODUCT, shape)(x_RI, w_OI, threads=_threads(devices))
 
 
 def attends(dtype) -> bool:
-    """Whether `attend` is for this dtype."""
-    return dtype in (jnp.bfloat16, jnp.float32)
+    """Whether `attend` is there, for this dtype."""
+    return dtype in (jnp.bfloat16, jnp.float32) and ready()
 
 
 def attend(
@@ -92,23 +95,37 @@ def ready() -> bool:
     return not why_not()
 
 
-@functools.cache
 def why_not() -> str:
     """Why there is no kernel; empty if there is."""
+    return _built()[1]
+
+
+def _most_rows() -> int:
+    return _built()[0]
+
+
+@functools.cache
+def _built() -> tuple[int, str]:
+    """How many rows of bfloat16 are multiplied at most, and why there is no kernel."""
     if not env.native_kernels():
-        return "TPJAX_NATIVE=0 turns it off"
+        return 0, "TPJAX_NATIVE=0 turns it off"
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
-        return f"no C++ compiler ({', '.join(COMPILERS)})"
+        return 0, f"no C++ compiler ({', '.join(COMPILERS)})"
     try:
         library = _library(compiler)
-        functions = {name: getattr(library, name) for name in (FEW_ROWS, ATTEND)}
+        functions = {name: getattr(library, name) for name in (PRODUCT, ATTEND)}
+        most = library.tpjax_most_rows
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}"
+        return (
+            0,
+            f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}",
+        )
     for name, function in functions.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-    return ""
+    most.restype = ctypes.c_int64
+    return most(), ""
 
 
 def _library(compiler: str) -> ctypes.CDLL:

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -65,17 +66,8 @@ inline float Sum(Floats x) {
   return sum[0];
 }
 
-// The sums of kLanes vectors, in their order, left in the first of them: neighbours are added until
-// every lane is one vector's.
-inline void SumEach(Floats* x) {
-#define TPJAX_NEIGHBOURS(count, ...)                                        \
-  for (int n = 0; n < count; ++n) {                                         \
-    Floats a = x[2 * n], b = x[2 * n + 1];                                  \
-    x[n] = TPJAX_PAIR(a, b, __VA_ARGS__);                                   \
-  }
 #if defined(__AVX512F__)
-#define TPJAX_PAIR(a, b, step)                                              \
-  __builtin_shufflevector(a, b, TPJAX_LOW##step) + __builtin_shufflevector(a, b, TPJAX_HIGH##step)
+// Of two vectors the lanes at even and at odd places, in groups of one, two, four and eight.
 #define TPJAX_LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
 #define TPJAX_HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 #define TPJAX_LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
@@ -84,12 +76,21 @@ inline void SumEach(Floats* x) {
 #define TPJAX_HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
 #define TPJAX_LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define TPJAX_HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-  TPJAX_NEIGHBOURS(8, 1)
-  TPJAX_NEIGHBOURS(4, 2)
-  TPJAX_NEIGHBOURS(2, 4)
-  TPJAX_NEIGHBOURS(1, 8)
+#endif
+
+// The sums of kLanes vectors, in their order, left in the first of them: neighbours are added until
+// every lane is one vector's.
+inline void SumEach(Floats* x) {
+#if defined(__AVX512F__)
+#define TPJAX_NEIGHBOURS(step)                                \
+  for (int n = 0; n < 8 / step; ++n) {                        \
+    Floats a = x[2 * n], b = x[2 * n + 1];                    \
+    x[n] = __builtin_shufflevector(a, b, TPJAX_LOW##step) +   \
+           __builtin_shufflevector(a, b, TPJAX_HIGH##step);   \
+  }
+  TPJAX_NEIGHBOURS(1) TPJAX_NEIGHBOURS(2) TPJAX_NEIGHBOURS(4) TPJAX_NEIGHBOURS(8)
 #else
-  Floats sums;
+  Floats sums = {};
   for (int n = 0; n < kLanes; ++n) sums[n] = Sum(x[n]);
   x[0] = sums;
 #endif

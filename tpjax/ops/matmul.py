@@ -31,7 +31,7 @@ def matmul(
     """
     partial = plan.mesh_axes(in_axis)
     weights = w_OI.size // plan.shards(out_axis) // plan.shards(in_axis)
-    if product := _of_few_rows(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype, weights):
+    if product := _on_a_cpu(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype, weights):
         return jax.shard_map(
             product,
             mesh=plan.mesh,
@@ -53,7 +53,7 @@ def _dot(x_RI: jax.Array, w_OI: jax.Array, **more) -> jax.Array:
     )
 
 
-def _of_few_rows(
+def _on_a_cpu(
     plan: Plan, rows: int, dtype, weights: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """What each device better does than XLA's product, if there is something. On a CPU: our own
@@ -62,8 +62,8 @@ def _of_few_rows(
     (BENCHMARKS.md, "bfloat16 on a CPU")."""
     if plan.platform != "cpu":
         return None
-    if native.wins(rows, dtype, weights) and native.ready():
-        return functools.partial(native.few_rows, devices=plan.mesh.devices.size)
+    if native.wins(rows, dtype, weights):
+        return functools.partial(native.product, devices=plan.mesh.devices.size)
     if rows == 1 and dtype != jnp.float32:
         return lambda x_1I, w_OI: _dot(jnp.concatenate([x_1I, x_1I]), w_OI)[:1]
     return None
