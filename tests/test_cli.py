@@ -221,9 +221,22 @@ def test_an_unexpected_failure_is_one_line_too_and_debug_shows_it_all(capsys, mo
 
 def test_a_peer_that_is_absent_or_ends_is_told(capsys, monkeypatch):
     for needs, said in (((), "--compare hf: it ended"), (("no-such",), "pip install no-such")):
-        monkeypatch.setitem(peers.PEERS, "hf", (needs, "tpjax.bench.no_such"))
+        monkeypatch.setitem(peers.PEERS, "hf", peers.System(needs, "tpjax.bench.no_such"))
         code, _, err = main(capsys, "bench", "decode", "--quiet", "--compare", "hf")
         assert code == 4 and said in err
+
+
+def test_peers_that_cannot_be(capsys):
+    for words, code, said in (
+        (
+            ("--compare", "hf,vllm"),
+            2,
+            "--compare vllm: known are hf, hf-tp, torch-compile, llama.cpp",
+        ),
+        (("--compare", "hf-tp", "-tp", "1"), 4, "give -tp 2 or more"),
+    ):
+        given, _, err = main(capsys, "bench", "decode", "--quiet", *words)
+        assert given == code and said in err and err.count("\n") == 1
 
 
 def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):

@@ -87,13 +87,13 @@ def test_every_byte_is_read_once(folder, data, tensor, monkeypatch):
     """One read per distinct slice, so a split weight is read once in total, a replicated one once,
     and key/value heads that several devices share once per head."""
     reads = Counter()
-    read = SafetensorsFolder.read
+    parts = SafetensorsFolder.parts
 
-    def counted(self, name, index):
+    def counted(self, name, bounds, out):
         reads[name] += 1
-        return read(self, name, index)
+        return parts(self, name, bounds, out)
 
-    monkeypatch.setattr(SafetensorsFolder, "read", counted)
+    monkeypatch.setattr(SafetensorsFolder, "parts", counted)
     weights, source = loaded(folder, data, tensor)
     assert source.bytes_read == sum(stored.nbytes for _, stored, _ in weights)
     pieces = Counter()

@@ -29,10 +29,12 @@ def run_command(
     if args.command is None:
         parser.print_help()
         return 0
-    if own_process and not getattr(args, getattr(args, "torch_for", ""), None):
+    if own_process:
         from tpjax import env
 
-        env.leave_torch_out()
+        env.collect_rarely()
+        if not getattr(args, getattr(args, "torch_for", ""), None):
+            env.leave_torch_out()
     from tpjax.errors import ResourceError, RunError, TpjaxError
 
     try:
@@ -248,8 +250,9 @@ def _add_bench(commands) -> None:
         "--compare",
         action="append",
         default=[],
-        choices=("hf",),
-        help="measure that beside it, round by round: hf is transformers; repeatable",
+        metavar="PEER,PEER",
+        help="measure these beside it, round by round: hf (transformers), hf-tp (its processes"
+        " under torchrun), torch-compile, llama.cpp",
     )
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")

@@ -16,12 +16,15 @@ TRANSFORMERS_NO_ADVISORY_WARNINGS
     transformers is used without torch on purpose and need not warn about it.
 TPU_SKIP_MDS_QUERY, ALLOW_MULTIPLE_LIBTPU_LOAD, to compile for TPUs where there is none
     Their compiler would ask a cloud's server which TPU this is, and run in one process at a time.
+the garbage collector's thresholds, in the commands' own processes
+    It looks through all that imports have made, again and again (`collect_rarely`).
 ``sys.modules["torch"]``, in the commands' own processes
     transformers imports torch wherever it is installed, for nothing that tpjax asks of it: 2.6
     seconds and 200 MB at every start.
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -114,6 +117,12 @@ def leave_torch_out() -> None:
     """Make torch look absent, in a process in which nobody else wants it."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+def collect_rarely() -> None:
+    """Look for cycles of garbage a hundred times less often, in a process of our own: imports and
+    tracing make many objects that stay, and looking through them is an eighth of a start."""
+    gc.set_threshold(100_000, 50, 100)
 
 
 def let_torch_in() -> None:

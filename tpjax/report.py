@@ -21,6 +21,7 @@ class Report:
     def __init__(self, quiet: bool):
         self.quiet = quiet
         self.load_s = 0.0
+        self._bar = False  # whether one is there, which a line must not break
         self.compile_s = 0.0
 
     def say(self, line: str) -> None:
@@ -35,15 +36,21 @@ class Report:
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="loading", disable=self.quiet, leave=False
         ) as bar:
-            for spec in specs:
-                yield spec
-                bar.update(spec.bytes)
+            self._bar = True
+            try:
+                for spec in specs:
+                    yield spec
+                    bar.update(spec.bytes)
+            finally:
+                self._bar = False
         self.load_s = time.perf_counter() - start
 
     def building(self, name: str, number: int, total: int) -> Callable[[Built], None]:
         """``compiling decode[b8] 2/5 ... 4.1 s, cached next time``"""
-        if not self.quiet:
-            print(f"compiling {name} {number}/{total} ...", end="", file=sys.stderr, flush=True)
+        what = f"compiling {name} {number}/{total} ..."
+        whole_line = self._bar
+        if not self.quiet and not whole_line:
+            print(what, end="", file=sys.stderr, flush=True)
 
         def done(built: Built) -> None:
             self.compile_s += built.seconds
@@ -51,7 +58,11 @@ class Report:
                 source = ", from the cache"
             else:
                 source = ", cached next time" if env.caches_executables() else ""
-            self.say(f" {built.seconds:.1f} s{source}")
+            took = f" {built.seconds:.1f} s{source}"
+            if self.quiet or not whole_line:
+                self.say(took)
+            else:
+                tqdm.write(what + took, file=sys.stderr)
 
         return done
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tpjax import env
-from tpjax.bench.peers import Peer
+from tpjax.bench.peers import PEERS, Peer
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.errors import RunError, UsageError
@@ -31,6 +31,7 @@ def bench_decode(args: argparse.Namespace) -> int:
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
     check_dtype(args.dtype)
+    compared(args)
     start_devices(args)
     env.without_executable_cache()
     from tpjax.bench import record
@@ -124,14 +125,23 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def compared(args: argparse.Namespace) -> list[str]:
+    """The peers that are asked for. Raises UsageError for one that is not known."""
+    names = [name for given in args.compare for name in given.split(",")]
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"--compare {name}: known are {', '.join(PEERS)}")
+    return list(dict.fromkeys(names))
+
+
 def _peers(args: argparse.Namespace, llm) -> Iterator[Peer]:
     from tpjax.checkpoint.folder import bundled
 
     words = ["--config", args.config] if args.config else ["--model", args.model or str(bundled())]
     words += ["--dtype", llm.config.dtype, "--batch", args.batch]
     words += ["--prompt-length", args.prompt_length, "--max-tokens", args.max_tokens]
-    for name in args.compare:
-        yield Peer(name, list(map(str, words)))
+    for name in compared(args):
+        yield Peer(name, list(map(str, words)), llm.plan.tensor_degree)
 
 
 def _beside(peer: Peer, seconds, first: list[float], decode: list[float], args) -> dict:

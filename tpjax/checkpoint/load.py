@@ -6,7 +6,7 @@ weight's slices on their way. No full copy of the model ever exists on the host.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -60,7 +60,8 @@ def load(
     """
     tensors = check(table, family, source)
     _check_tied_copy(tensors, source)
-    leaves = tuple(put(spec, source, tensors) for spec in progress(table.specs))
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        leaves = tuple(put(spec, source, tensors, pool) for spec in progress(table.specs))
     source.check_unchanged()
     return leaves
 
@@ -129,7 +130,7 @@ def _check_tied_copy(tensors: Tensors, source: Source) -> None:
             raise differs(source, copy, original)
 
 
-def put(spec: WeightSpec, source: Source, tensors: Tensors) -> jax.Array:
+def put(spec: WeightSpec, source: Source, tensors: Tensors, pool: Executor) -> jax.Array:
     """One weight on its devices. Slices that several devices share are read once."""
     devices_of: dict[Bounds, list] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
@@ -142,8 +143,7 @@ def put(spec: WeightSpec, source: Source, tensors: Tensors) -> jax.Array:
         for bounds, out in slices.items()
         for job in _jobs(spec, source, tensors, bounds, out, len(slices))
     ]
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        list(pool.map(lambda job: _read(source, *job), jobs))
+    list(pool.map(lambda job: _read(source, *job), jobs))
     arrays = [
         jax.device_put(part, device)
         for part, devices in zip(slices.values(), devices_of.values(), strict=True)

@@ -1,19 +1,23 @@
 """Hugging Face safetensors folders: what is in them, and reading any slice of any tensor.
 
-The safetensors library does the reading and judges every header; this file finds the shards, checks
-everything that can be checked without reading a weight, and turns what is wrong into one line each.
+The safetensors library judges every header; this file finds the shards, checks everything that can
+be checked without reading a weight, turns what is wrong into one line each, and maps the files, so
+that a byte is moved once, to where it belongs.
 """
 
 import contextlib
 import errno
 import json
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -48,7 +52,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._open: dict[Path, object] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.tensors: dict[str, TensorInfo] = {}
@@ -94,17 +98,18 @@ class SafetensorsFolder:
 
     def _read_header(self, path: Path) -> None:
         try:
-            handle = safe_open(path, framework="numpy")
-            offsets = _offsets(path)
-            for name in handle.keys():
-                view = handle.get_slice(name)
-                if name in self.tensors:
-                    raise CheckpointError(
-                        f"{path}: holds {name}, and so does {self.tensors[name].file.name};"
-                        " download the folder again"
-                    )
-                shape = tuple(view.get_shape())
-                self.tensors[name] = TensorInfo(path, shape, view.get_dtype(), offsets[name])
+            with safe_open(path, framework="numpy") as handle, open(path, "rb") as file:
+                offsets = _offsets(file)
+                for name in handle.keys():
+                    view = handle.get_slice(name)
+                    if name in self.tensors:
+                        raise CheckpointError(
+                            f"{path}: holds {name}, and so does {self.tensors[name].file.name};"
+                            " download the folder again"
+                        )
+                    shape = tuple(view.get_shape())
+                    self.tensors[name] = TensorInfo(path, shape, view.get_dtype(), offsets[name])
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except CheckpointError:
             raise
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
@@ -112,7 +117,6 @@ class SafetensorsFolder:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({reason}); download it again"
             ) from error
-        self._open[path] = handle
 
     def key(self, tensor: Tensor) -> str:
         """What a tensor is called here."""
@@ -128,26 +132,42 @@ class SafetensorsFolder:
     def parts(
         self, name: str, bounds: tuple[tuple[int, int], ...], out: np.ndarray
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """A slice of one tensor, a few rows at a time: (where in the slice, values as stored)."""
+        """A slice of one tensor, a few rows at a time: (where in the slice, values as stored).
+        These are the file's own pages, let go when the next ones are asked for: they would count
+        as this process's memory."""
         (first, last), *others = bounds
         inner = tuple(slice(a, b) for a, b in others)
         within = tuple(slice(0, b - a) for a, b in others)
         step = max(1, CHUNK // max(1, math.prod(b - a for a, b in others)))
+        whole = self._stored(name)
         for row in range(first, last, step):
             end = min(row + step, last)
             where = (slice(row - first, end - first), *within)
-            yield where, self.read(name, (slice(row, end), *inner))
+            part = whole[(slice(row, end), *inner)]
+            yield where, part
+            with self._lock:
+                self.bytes_read += part.nbytes
+            self._let_go(name, row, end)
+
+    def _stored(self, name: str) -> np.ndarray:
+        """One tensor as it is in the file, in its stored dtype, one of `READABLE`."""
+        info = self.tensors[name]
+        dtype = np.dtype(READABLE[info.dtype])
+        size = math.prod(info.shape)
+        flat = np.frombuffer(self._maps[info.file], dtype, size, info.offset)
+        return flat.reshape(info.shape)
+
+    def _let_go(self, name: str, row: int, end: int) -> None:
+        info = self.tensors[name]
+        each = math.prod(info.shape[1:]) * np.dtype(READABLE[info.dtype]).itemsize
+        start = (info.offset + row * each) // mmap.PAGESIZE * mmap.PAGESIZE
+        with contextlib.suppress(AttributeError):  # only Linux has it
+            pages = self._maps[info.file]
+            pages.madvise(mmap.MADV_DONTNEED, start, info.offset + end * each - start)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A contiguous copy of one slice, in the stored dtype, one of `READABLE`."""
-        info = self.tensors[name]
-        try:
-            part = self._open[info.file].get_slice(name)[index]  # type: ignore[attr-defined]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{info.file}: cannot read {name} ({one_line(error)})") from error
-        with self._lock:
-            self.bytes_read += part.nbytes
-        return part
+        """A copy of one slice, in the stored dtype."""
+        return np.array(self._stored(name)[index])
 
 
 def dtype_of_first(folder: Path) -> str | None:
@@ -161,11 +181,10 @@ def dtype_of_first(folder: Path) -> str | None:
     return None
 
 
-def _offsets(path: Path) -> dict[str, int]:
+def _offsets(file: BinaryIO) -> dict[str, int]:
     """Where each tensor's bytes begin, from a header that the library has found to be good."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
     return {
         name: 8 + length + info["data_offsets"][0]
         for name, info in header.items()

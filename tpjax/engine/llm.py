@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ from tpjax.weights import WeightTable
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
     "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len,"
-    " max_num_seqs, seed, plan, mesh, patterns, allow, verify"
+    " max_num_seqs, seed, plan, mesh, patterns, allow, verify, expect"
 ).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",
@@ -61,6 +62,8 @@ class LLM:
     ``seed``: for requests without one. ``verify``: how a tpjax checkpoint is compared with its
     manifest, "fast" (default: sizes, small files, a sample) or "full" (every byte that is read).
 
+    ``expect``: prompts that will be generated together; what they need is built while weights load.
+
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
 
@@ -83,6 +86,7 @@ class LLM:
         patterns: Mapping[str, Sequence[str | None] | str] | None = None,
         allow: Sequence[str] = (),
         verify: Literal["fast", "full"] | None = None,
+        expect: Sequence[Prompt] = (),
         random_weights: bool = False,
         progress: load.Progress = iter,
         on_build: OnBuild = silent,
@@ -132,11 +136,6 @@ class LLM:
         self.memory = check_memory(self.table, buckets)
         self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
         self.eos_ids = folders.eos_ids(self.folder.generation)
-        if random_weights:
-            self.weights = load.random(self.table, seed, progress)
-        else:
-            source = load.open_source(self.folder.path, verify)
-            self.weights = load.load(self.table, self.folder.family, source, progress)
         if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
             say(
                 f"{dtype} products have no fast path on this CPU and take several times as long as"
@@ -145,6 +144,16 @@ class LLM:
         if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
             say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
+        lengths = [[len(self._ids(prompt))] for prompt in expect]
+        names = self.executables.for_requests(lengths) if lengths else []
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            built = beside.submit(self.executables.build, names)
+            if random_weights:
+                self.weights = load.random(self.table, seed, progress)
+            else:
+                source = load.open_source(self.folder.path, verify)
+                self.weights = load.load(self.table, self.folder.family, source, progress)
+            built.result()
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
 

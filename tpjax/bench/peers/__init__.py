@@ -7,30 +7,55 @@ all. Its first line says what it is.
 
 import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 from tpjax.errors import ResourceError
 
-# Name -> what it needs, and the module that runs it.
-PEERS = {"hf": (("torch", "transformers"), "tpjax.bench.peers.hf")}
+
+class System(NamedTuple):
+    """What it needs installed, the module that runs it, and words for that alone. ``processes``:
+    whether it is one per device of the tensor axis, started by torchrun."""
+
+    needs: tuple[str, ...]
+    module: str
+    words: tuple[str, ...] = ()
+    processes: bool = False
+
+
+_SECONDS_TO_END = 20
+_HF = "tpjax.bench.peers.hf"
+PEERS = {
+    "hf": System(("torch", "transformers"), _HF),
+    "hf-tp": System(("torch", "transformers", "accelerate"), _HF, ("--tensor",), True),
+    "torch-compile": System(("torch", "transformers"), _HF, ("--compile",)),
+    "llama.cpp": System(("llama-cpp-python", "gguf"), "tpjax.bench.peers.llama_cpp"),
+}
 
 
 class Peer:
     """One of them, ready to be measured. Raises ResourceError if it is not installed or fails."""
 
-    def __init__(self, name: str, words: list[str]):
-        needs, module = PEERS[name]
+    def __init__(self, name: str, words: list[str], tensor: int):
+        system = PEERS[name]
         # Not find_spec: a command has made torch look absent to itself.
-        there = {found.name for found in importlib.metadata.distributions()}
-        if missing := [package for package in needs if package not in there]:
+        there = {found.name.replace("_", "-") for found in importlib.metadata.distributions()}
+        if missing := [package for package in system.needs if package not in there]:
             raise ResourceError(f"--compare {name}: pip install {' '.join(missing)}")
+        if system.processes and tensor < 2:
+            raise ResourceError(f"--compare {name}: is several processes; give -tp 2 or more")
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(tensor), "-m"]
+        started = [*launcher, system.module] if system.processes else [system.module]
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *words],
+            [sys.executable, "-m", *started, *words, *system.words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # so that all its processes can be ended
         )
         try:
             self.about: str = self._answer()["about"]
@@ -57,8 +82,11 @@ class Peer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            pipe.close()  # which ends it, with all its processes
+        try:
+            self.process.wait(timeout=_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
