@@ -254,6 +254,13 @@ def _add_bench(commands) -> None:
         help="measure these beside it, round by round: hf (transformers), hf-tp (its processes"
         " under torchrun), torch-compile, llama.cpp",
     )
+    add(
+        "--sweep",
+        metavar="AXIS,AXIS",
+        help="measure decode steps at other values of tensor, batch or context instead, all"
+        " combinations: batch,context or tensor=1/4",
+    )
+    add("--plot", metavar="FILE", help="draw the sweep: .png, .svg or .pdf")
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
     add("--json", action="store_true", help="one line of JSON (else indented)")

@@ -5,7 +5,7 @@ figure is a median over rounds, with its spread. Nothing compiles while it is me
 ``ms_per_token`` and ``bytes_per_token`` are those of one step, which makes a token for every
 sequence of the batch; ``load_s`` is null where weights are random; the disk cache of executables is
 off. ``--compare`` measures other systems in the same rounds, one after the other, so that a machine
-that is slow for a minute is slow for all.
+that is slow for a minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
 """
 
 import argparse
@@ -15,12 +15,18 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tpjax import env
+from tpjax import env, picture
+from tpjax.bench import sweep
 from tpjax.bench.peers import PEERS, Peer
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from tpjax.engine.llm import LLM
+    from tpjax.report import Report
 
 
 def bench_decode(args: argparse.Namespace) -> int:
@@ -32,11 +38,22 @@ def bench_decode(args: argparse.Namespace) -> int:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
     check_dtype(args.dtype)
     compared(args)
+    wanted = sweep.points(args) if args.sweep else []
+    if args.plot and not args.sweep:
+        raise UsageError("--plot draws a sweep: give --sweep too")
+    if args.sweep and (args.compare or args.record):
+        raise UsageError("--sweep measures tpjax alone, and is no row of a table")
+    if args.plot:
+        picture.check(Path(args.plot))
+    if wanted and args.tensor_parallel_size is None:
+        args.tensor_parallel_size = wanted[-1].tensor
     start_devices(args)
     env.without_executable_cache()
     from tpjax.bench import record
 
-    result = measure(args) | record.provenance()
+    result = (measure_sweep(args, wanted) if wanted else measure(args)) | record.provenance()
+    if args.plot:
+        sweep.plot(Path(args.plot), result)
     print(json.dumps(result, indent=None if args.json else 2), flush=True)
     if args.record:
         record.append(Path(args.record), result)
@@ -48,26 +65,13 @@ def measure(args: argparse.Namespace) -> dict:
     import numpy as np
 
     from tpjax.bench.bandwidth import read_bandwidth
-    from tpjax.checkpoint.folder import bundled
-    from tpjax.engine.llm import LLM
     from tpjax.executables import compiles
     from tpjax.params import SamplingParams
     from tpjax.report import Report
 
     report = Report(args.quiet)
-    llm = LLM(
-        args.config or args.model or bundled(),
-        tensor_parallel_size=args.tensor_parallel_size or "auto",
-        data_parallel_size=args.data_parallel_size,
-        expert_parallel_size=args.expert_parallel_size,
-        dtype=args.dtype,
-        max_model_len=args.prompt_length + args.max_tokens + 1,
-        max_num_seqs=args.batch,
-        random_weights=args.config is not None,
-        progress=report.loading,
-        on_build=report.building,
-        say=report.say,
-    )
+    positions = args.prompt_length + args.max_tokens + 1
+    llm = _model(args, report, args.tensor_parallel_size, args.batch, positions)
     report.loaded(llm)
     rng = np.random.default_rng(0)
     shape = (args.batch, args.prompt_length)
@@ -95,7 +99,8 @@ def measure(args: argparse.Namespace) -> dict:
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
 
-    step_bytes = bytes_per_step(llm)
+    buckets = llm.executables.buckets
+    step_bytes = bytes_per_step(llm, buckets.batch[-1], buckets.context)
     per_token = statistics.median(decode) / args.max_tokens
     limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
     tokens = args.batch * args.max_tokens
@@ -134,6 +139,59 @@ def compared(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _model(
+    args: argparse.Namespace, report: "Report", tensor: int | None, batch: int, positions: int
+) -> "LLM":
+    from tpjax.checkpoint.folder import bundled
+    from tpjax.engine.llm import LLM
+
+    return LLM(
+        args.config or args.model or bundled(),
+        tensor_parallel_size=tensor or "auto",
+        data_parallel_size=args.data_parallel_size,
+        expert_parallel_size=args.expert_parallel_size,
+        dtype=args.dtype,
+        max_model_len=positions,
+        max_num_seqs=batch,
+        random_weights=args.config is not None,
+        progress=report.loading,
+        on_build=report.building,
+        say=report.say,
+    )
+
+
+def measure_sweep(args: argparse.Namespace, wanted: list[sweep.Point]) -> dict:
+    """The steps of a sweep, and the bandwidth probed before and after."""
+    import jax
+
+    from tpjax.bench.bandwidth import read_bandwidth
+    from tpjax.report import Report
+
+    report, models = Report(args.quiet), {}
+    most, longest = max(p.batch for p in wanted), max(p.context for p in wanted)
+
+    def make(tensor: int):
+        models[tensor] = _model(args, report, tensor, most, longest)
+        return models[tensor]
+
+    def bytes_at(point: sweep.Point) -> int:
+        return bytes_per_step(models[point.tensor], point.batch, point.context)
+
+    bandwidth = [read_bandwidth(jax.default_backend())]
+    measured = sweep.measure(wanted, args.rounds, make)
+    llm = next(iter(models.values()))
+    bandwidth.append(read_bandwidth(jax.default_backend()))
+    return {
+        "model": str(args.config or args.model or "bundled"),
+        "parameters": llm.table.parameters,
+        "platform": llm.plan.platform,
+        "dtype": llm.config.dtype,
+        "rounds": args.rounds,
+        "read_bandwidth": round(max(bandwidth)),
+        "sweep": sweep.report(measured, bytes_at),
+    }
+
+
 def _peers(args: argparse.Namespace, llm) -> Iterator[Peer]:
     from tpjax.checkpoint.folder import bundled
 
@@ -161,21 +219,19 @@ def _beside(peer: Peer, seconds, first: list[float], decode: list[float], args) 
     }
 
 
-def bytes_per_step(llm) -> int:
-    """What one decode step of the whole batch reads, on all devices together: every weight once per
+def bytes_per_step(llm: "LLM", batch: int, positions: int) -> int:
+    """What one decode step of B sequences reads, on all devices together: every weight once per
     replica (of an untied embedding only a few rows; of E experts those that B sequences choose with
-    k each, E (1 - (1 - k / E)^B) on average) and the whole cache."""
+    k each, E (1 - (1 - k / E)^B) on average) and their positions of the cache."""
     from tpjax.cache import KVCache
 
-    table, plan = llm.table, llm.plan
-    buckets, moe = llm.executables.buckets, llm.config.moe
+    table, plan, moe = llm.table, llm.plan, llm.config.moe
     unread = 0 if llm.config.tie_embeddings else table.by_path["embed.w"].bytes_per_device
     if moe is not None:
         experts = sum(s.bytes_per_device for s in table.specs if s.dims[0].axis == "experts")
-        unread += int(experts * (1 - moe.per_token / moe.experts) ** buckets.batch[-1])
+        unread += int(experts * (1 - moe.per_token / moe.experts) ** batch)
     weights = (table.bytes_per_device - unread) * _devices(llm)
-    cache = KVCache.bytes_per_device(llm.config, plan, buckets.batch[-1], buckets.context)
-    return weights + cache * _devices(llm)
+    return weights + KVCache.bytes_per_device(llm.config, plan, batch, positions) * _devices(llm)
 
 
 def _devices(llm) -> int:

@@ -3,14 +3,12 @@
 matplotlib draws it, the extra ``plot``.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tpjax.errors import ResourceError, UsageError
+from tpjax import picture
 from tpjax.parallel.degrees import AXES, refusal
 from tpjax.parallel.layout import Layout
 from tpjax.planner.chips import Hardware
@@ -18,17 +16,13 @@ from tpjax.planner.memory import Footprint, usable
 from tpjax.planner.roofline import LIMIT, TPJAX, Roofline
 from tpjax.planner.search import Mesh, Wish
 
-KINDS = (".png", ".svg", ".pdf")
 BATCHES = tuple(2**n for n in range(11))
 
 
 def plot(file: Path, name: str, wish: Wish, best: Mesh) -> None:
     """Write the picture; the file appears whole or not at all. Raises UsageError for another kind
     of file, ResourceError without matplotlib or where it cannot be written."""
-    if file.suffix not in KINDS:
-        raise UsageError(f"--plot {file}: write one of {', '.join(KINDS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ResourceError('--plot: matplotlib is not installed; pip install "tpjax[plot]"')
+    picture.check(file)
     from matplotlib.figure import Figure  # no display, no global state
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -40,13 +34,7 @@ def plot(file: Path, name: str, wish: Wish, best: Mesh) -> None:
     _devices(devices, best)
     handles, labels = rate.get_legend_handles_labels()
     empty.legend(handles, labels, loc="center", frameon=False)
-    partial = file.with_name(f".{file.name}.partial{file.suffix}")
-    try:
-        figure.savefig(partial)
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ResourceError(f"--plot {file}: {error.strerror or error}") from error
+    picture.save(figure, file)
 
 
 def _degrees(wish: Wish) -> list[int]:

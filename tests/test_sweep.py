@@ -1,0 +1,90 @@
+"""`tpjax bench decode --sweep`: what is asked for, the fit, the picture."""
+
+import argparse
+import json
+
+import pytest
+
+from tests.test_cli import main
+from tpjax.bench.sweep import Point, fitted, points
+from tpjax.errors import UsageError
+
+
+def asked(sweep: str, **words) -> list[Point]:
+    usual = dict(sweep=sweep, tensor_parallel_size=None, data_parallel_size=None, batch=3)
+    return points(argparse.Namespace(**usual | dict(prompt_length=9, max_tokens=6) | words))
+
+
+def test_all_combinations_of_what_is_asked():
+    assert asked("tensor=4/1,context=64") == [Point(1, 3, 64), Point(4, 3, 64)]
+    assert [p.batch for p in asked("batch")] == [1, 2, 4, 8, 16, 32]
+    assert asked("batch=2/1", tensor_parallel_size=2) == [Point(2, 1, 15), Point(2, 2, 15)]
+
+
+@pytest.mark.parametrize(
+    "sweep, said",
+    [
+        ("rows", "--sweep rows: known are tensor, batch, context"),
+        ("batch=a", "write batch=1/2/4"),
+        ("batch=0", "0 is too small"),
+        ("context=4/64", "4 is too small"),
+    ],
+)
+def test_what_cannot_be_swept(sweep, said):
+    with pytest.raises(UsageError, match=said):
+        asked(sweep)
+
+
+def test_the_fit_finds_what_steps_cost():
+    """Each degree has its own numbers; a step beside the line does not move the others far."""
+    cost = {1: (0.05, 0.004, 2e-6), 2: (0.03, 0.001, 1e-6)}
+    at = [Point(t, b, c) for t in cost for b in (1, 4, 16) for c in (128, 1024, 8192)]
+    true = {
+        p: cost[p.tensor][0] + p.batch * (cost[p.tensor][1] + p.context * cost[p.tensor][2])
+        for p in at
+    }
+    fit = fitted(true)
+    assert all(abs(fit[p] / true[p] - 1) < 1e-6 for p in at)
+    slow = at[4]
+    fit = fitted(true | {slow: 1.3 * true[slow]})
+    assert 1.15 < 1.3 * true[slow] / fit[slow] < 1.3
+
+
+def test_a_sweep_of_the_bundled_model(capsys, tmp_path):
+    picture = tmp_path / "sweep.png"
+    words = (
+        "bench",
+        "decode",
+        "-tp",
+        "2",
+        "--sweep",
+        "batch=1/2,context=32/64",
+        "--json",
+        "--quiet",
+    )
+    code, out, _ = main(capsys, *words, "--plot", str(picture))
+    assert code == 0 and out.count("\n") == 1
+    result = json.loads(out)
+    found = result["sweep"]["points"]
+    assert [(p["batch"], p["context"]) for p in found] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    # Keys and values of one more position: 5 layers, 4 heads of 32, float32.
+    per_position = 2 * 5 * 4 * 32 * 4
+    assert found[1]["bytes_per_step"] - found[0]["bytes_per_step"] == 32 * per_position
+    for p in found:
+        assert p["ms_spread"][0] <= p["ms_per_step"] <= p["ms_spread"][1]
+        assert p["tok_s"] == pytest.approx(1e3 * p["batch"] / p["ms_per_step"], rel=0.01)
+    assert result["sweep"]["worst_beyond_fit"] == max(p["beyond_fit"] for p in found)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--plot", "x.png"), "give --sweep too"),
+        (("--sweep", "batch", "--compare", "hf"), "measures tpjax alone"),
+        (("--sweep", "batch", "--plot", "x.txt"), "write one of .png, .svg, .pdf"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys, words, said):
+    code, _, err = main(capsys, "bench", "decode", "--quiet", *words)
+    assert code == 2 and said in err and err.count("\n") == 1

@@ -1,0 +1,175 @@
+"""`tpjax bench decode --sweep`: what a decode step costs at other batches, contexts or degrees.
+
+A step's time does not depend on what the cache holds, so a step at a context is measured without
+the tokens before it. Every round measures every point once, in turn. What a step should cost is
+``launch + sequence B + position B S`` for B sequences at context S, its three numbers fitted to all
+points (the fit that leaves the smallest relative errors): weights and everything fixed, work per
+sequence, and reading the cache.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tpjax import picture
+from tpjax.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from tpjax.engine.llm import LLM
+
+AXES = ("tensor", "batch", "context")
+STEPS = 4  # of a dispatch that is measured
+VALUES = {
+    "tensor": (1, 2, 4, 8),
+    "batch": (1, 2, 4, 8, 16, 32),
+    "context": (128, 512, 1024, 2048, 4096, 8192),
+}
+
+
+class Point(NamedTuple):
+    """Where a step is measured."""
+
+    tensor: int
+    batch: int
+    context: int
+
+
+def points(args: argparse.Namespace) -> list[Point]:
+    """What is asked for: every combination of the axes' values. Raises UsageError for an axis that
+    is not known, or a value that cannot be."""
+    values = {
+        "tensor": (args.tensor_parallel_size or 1,),
+        "batch": (args.batch,),
+        "context": (args.prompt_length + args.max_tokens,),
+    }
+    for given in args.sweep.split(","):
+        axis, _, listed = given.partition("=")
+        if axis not in AXES:
+            raise UsageError(f"--sweep {axis}: known are {', '.join(AXES)}")
+        try:
+            numbers = tuple(int(n) for n in listed.split("/")) if listed else VALUES[axis]
+        except ValueError:
+            raise UsageError(f"--sweep {given}: write {axis}=1/2/4") from None
+        if min(numbers) < (STEPS + 1 if axis == "context" else 1):
+            raise UsageError(f"--sweep {given}: {min(numbers)} is too small")
+        values[axis] = tuple(sorted(set(numbers)))
+    if len(values["tensor"]) > 1 and (args.data_parallel_size or 1) > 1:
+        raise UsageError("--sweep tensor: give no --data-parallel-size")
+    return [
+        Point(t, b, c) for t in values["tensor"] for b in values["batch"] for c in values["context"]
+    ]
+
+
+def measure(
+    wanted: Sequence[Point], rounds: int, make: Callable[[int], "LLM"]
+) -> list[tuple[Point, list[float]]]:
+    """Seconds of a step at every point, one for every round. ``make``: a model of that degree."""
+    from tpjax.executables import compiles
+
+    models = {tensor: make(tensor) for tensor in dict.fromkeys(p.tensor for p in wanted)}
+    steps = {point: _step(models[point.tensor], point) for point in wanted}
+    for step in steps.values():
+        step()
+    before = compiles.count
+    seconds: dict[Point, list[float]] = {point: [] for point in wanted}
+    for _ in range(rounds):
+        for point, step in steps.items():
+            seconds[point].append(step())
+    if compiles.count != before:
+        raise RunError(f"{compiles.count - before} compiles happened while measuring")
+    return list(seconds.items())
+
+
+def _step(llm: "LLM", point: Point) -> Callable[[], float]:
+    """Runs a few steps up to the context; seconds of one."""
+    import jax
+    import numpy as np
+
+    from tpjax import sampling
+    from tpjax.params import Row, SamplingParams
+
+    exe = llm.executables
+    batch = exe.buckets.batch_for(point.batch)
+    params = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
+    row = Row(1, point.context - STEPS - 1, STEPS, 0, params, ())
+    rows = [row if n < point.batch else None for n in range(batch)]
+    packed, limit = exe.upload(sampling.pack(rows)), exe.upload(np.asarray(STEPS, np.int32))
+
+    def run() -> float:
+        cache = exe[f"zeros[b{batch}]"]()
+        jax.block_until_ready(cache)
+        start = time.perf_counter()
+        _, drawn = exe[f"decode[b{batch}]"](llm.weights, cache, packed, limit)
+        jax.block_until_ready(drawn)
+        return (time.perf_counter() - start) / STEPS
+
+    return run
+
+
+def fitted(medians: dict[Point, float]) -> dict[Point, float]:
+    """What the model of the cost gives at every point, with the numbers that fit all of a degree
+    best."""
+    import numpy as np
+
+    fit = {}
+    for tensor in {point.tensor for point in medians}:
+        here = {point: t for point, t in medians.items() if point.tensor == tensor}
+        terms = np.array([[1.0, p.batch, p.batch * p.context] for p in here])
+        times = np.array(list(here.values()))
+        # Relative errors count, and columns of one unit: milliseconds and thousands of positions.
+        scale = np.array([1.0, 1.0, 1e-3])
+        found, *_ = np.linalg.lstsq(terms * scale / times[:, None], np.ones(len(times)), rcond=None)
+        fit |= dict(zip(here, (terms * scale) @ found, strict=True))
+    return fit
+
+
+def report(measured: list[tuple[Point, list[float]]], bytes_at: Callable[[Point], int]) -> dict:
+    """The points as a program reads them."""
+    medians = {point: statistics.median(seconds) for point, seconds in measured}
+    fit = fitted(medians)
+    found = [
+        {
+            **point._asdict(),
+            "ms_per_step": round(medians[point] * 1e3, 3),
+            "ms_spread": [round(t * 1e3, 3) for t in (min(seconds), max(seconds))],
+            "tok_s": round(point.batch / medians[point], 2),
+            "bytes_per_step": bytes_at(point),
+            "fit_ms": round(float(fit[point]) * 1e3, 3),
+            "beyond_fit": round(float(medians[point] / fit[point]) - 1, 3),
+        }
+        for point, seconds in measured
+    ]
+    return {"points": found, "worst_beyond_fit": max(p["beyond_fit"] for p in found)}
+
+
+def plot(file: Path, result: dict) -> None:
+    """Measured steps, the fit, and what the probed bandwidth would allow."""
+    from matplotlib.figure import Figure
+
+    points = result["sweep"]["points"]
+    axis = max(AXES, key=lambda name: (len({p[name] for p in points}), name == "context"))
+    others = [name for name in AXES if name != axis]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(f"decode of {Path(result['model']).stem}, {result['dtype']}")
+    time_, rate = figure.subplots(1, 2)
+    for n, key in enumerate(dict.fromkeys(tuple(p[name] for name in others) for p in points)):
+        line = [p for p in points if tuple(p[name] for name in others) == key]
+        at, color = [p[axis] for p in line], f"C{n % 10}"
+        label = ", ".join(f"{name} {value}" for name, value in zip(others, key, strict=True))
+        limits = [p["bytes_per_step"] / result["read_bandwidth"] for p in line]
+        time_.plot(at, [p["ms_per_step"] for p in line], "o", color=color, label=label)
+        time_.plot(at, [p["fit_ms"] for p in line], "-", color=color)
+        time_.plot(at, [limit * 1e3 for limit in limits], ":", color=color)
+        rate.plot(at, [p["tok_s"] for p in line], "o-", color=color)
+        rate.plot(at, [p["batch"] / t for p, t in zip(line, limits, strict=True)], ":", color=color)
+    time_.set(ylabel="ms a step: measured, fit (-), limit of the memory (:)")
+    rate.set(ylabel="tokens/s: measured, limit of the memory (:)")
+    for axes in (time_, rate):
+        axes.set(xlabel=axis, xscale="log", yscale="log")
+        axes.set_xticks([p[axis] for p in points], [str(p[axis]) for p in points], minor=False)
+        axes.minorticks_off()
+    time_.legend(fontsize="small")
+    picture.save(figure, file)
