@@ -14,7 +14,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from tpjax import env  # noqa: E402
+from tpjax import env, native  # noqa: E402
 from tpjax.ops import sample  # noqa: E402
 
 env.start()
@@ -53,6 +53,12 @@ def tiny_model(tmp_path_factory):
 def apart(tmp_path_factory):
     """`apart(mutation)`: how far tpjax is from transformers where that would show."""
     return wrong.Comparison(tmp_path_factory.mktemp)
+
+
+@pytest.fixture
+def xla_attention(monkeypatch):
+    """Attention as accelerators run it: without our own kernel for CPUs."""
+    monkeypatch.setattr(native, "attends", lambda dtype: False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "tpjax").rglob("*.py")) + sorted((ROOT / "checkpoints_too
 # A module may import from its own layer and those before it.
 LAYERS = [
     ["errors"],
-    ["rope", "config", "params", "buckets"],
+    ["rope", "config", "params", "buckets", "picture"],
     ["models"],
     ["parallel"],
     ["inventory"],
@@ -115,6 +115,7 @@ def test_no_jax_in_what_must_plan_without_devices():
         "errors.py",
         "params.py",
         "buckets.py",
+        "picture.py",
         "engine/request.py",
         "cli.py",
     ]

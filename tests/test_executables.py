@@ -100,4 +100,6 @@ def test_bytes_of_a_decode_step_count_the_experts_chosen():
             )
             others = table.parameters * 4 - experts + copied
             cache = 2 * batch * 32 * 8 * 4
-            assert bytes_per_step(llm) == pytest.approx(others + experts * share + cache, abs=8)
+            assert bytes_per_step(llm, batch, buckets.context) == pytest.approx(
+                others + experts * share + cache, abs=8
+            )

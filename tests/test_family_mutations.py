@@ -237,13 +237,13 @@ RIGHT = started_from(MUTATIONS.values())
 
 
 @pytest.mark.parametrize("mutation", every_second(RIGHT))
-def test_unmutated(apart, mutation):
+def test_unmutated(apart, xla_attention, mutation):
     """The programs these mutations start from agree."""
     assert apart(mutation) <= TOLERANCE
 
 
 @pytest.mark.parametrize("mutation", every_second(MUTATIONS))
-def test_mutation_is_caught(apart, monkeypatch, mutation):
+def test_mutation_is_caught(apart, xla_attention, monkeypatch, mutation):
     mutation.mutate(monkeypatch)
     assert apart(mutation) > TOLERANCE
 

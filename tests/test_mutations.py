@@ -30,8 +30,9 @@ FACTS = {
 
 
 @pytest.fixture
-def right(tiny_model):
-    """Whether tpjax, as it is at the moment of the call, agrees with transformers."""
+def right(tiny_model, xla_attention):
+    """Whether tpjax, as it is at the moment of the call, agrees with transformers. Without our own
+    kernel for CPUs, of which these mutations know nothing."""
     folder, hf = tiny_model(**FACTS)
     return lambda: agrees(load(folder, 4, max_model_len=64), hf)
 

@@ -90,7 +90,7 @@ def test_attention_of_any_shape(tokens, rows, kv, groups, positions, features, s
     beyond = jnp.arange(positions)[None, :] >= at[:, None] + tokens
     k, v = (jnp.where(beyond[:, None, :, None], jnp.nan, x) for x in (k, v))
     held = held_dtype(dtype, on_cpu=True)
-    got = native.attend(q, as_dtype(k, held), as_dtype(v, held), at, scores, 1)
+    got = native.attend(q, as_dtype(k, held), as_dtype(v, held), at, 1, *scores)
     assert got.dtype == q.dtype
     few = 1e-5 if dtype == "float32" else 2e-2
     assert np.abs(np.asarray(got, np.float32) - np.asarray(want)).max() <= few
@@ -100,10 +100,10 @@ def test_attention_of_any_shape(tokens, rows, kv, groups, positions, features, s
 def test_attention_that_does_not_fit_is_refused():
     q, k, at = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 3, 8, 8)), jnp.zeros(1, jnp.int32)
     with pytest.raises(Exception, match=r"q\[B,T,N,H\]"):
-        jax.block_until_ready(native.attend(q, k, k, at, Scores(1.0), 1))
+        jax.block_until_ready(native.attend(q, k, k, at, 1, 1.0))
     with pytest.raises(Exception, match="a cache of its bits"):
         half = k.astype(jnp.bfloat16)
-        jax.block_until_ready(native.attend(q[:, :, :3], half, half, at, Scores(1.0), 1))
+        jax.block_until_ready(native.attend(q[:, :, :3], half, half, at, 1, 1.0))
 
 
 def times_used(llm: tpjax.LLM, step: str, kernel: str = native.PRODUCT) -> int:

@@ -136,11 +136,6 @@ class LLM:
         self.memory = check_memory(self.table, buckets)
         self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
         self.eos_ids = folders.eos_ids(self.folder.generation)
-        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
-            say(
-                f"{dtype} products have no fast path on this CPU and take several times as long as"
-                " they should: import tpjax before jax is first used, or take dtype=float32"
-            )
         if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
             say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
@@ -154,6 +149,11 @@ class LLM:
                 source = load.open_source(self.folder.path, verify)
                 self.weights = load.load(self.table, self.folder.family, source, progress)
             built.result()
+        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
+            say(
+                f"{dtype} products have no fast path on this CPU and take several times as long as"
+                " they should: import tpjax before jax is first used, or take dtype=float32"
+            )
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
 

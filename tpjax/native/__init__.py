@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpjax import env
-from tpjax.ops.attention_ref import Scores
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("product.cc", "attend.cc")]
@@ -62,17 +61,19 @@ def attend(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     start_B: jax.Array,
-    scores: Scores,
     devices: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """`tpjax.ops.attention_ref.attend` of T new tokens from position ``start`` on, in float32
     throughout, on one of ``devices``. Reads the positions that a sequence has, and no others; a
     cache of bfloat16 is given as integers of its bits."""
     call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32))
     about = {
-        "scale": np.float32(scores.scale),
-        "softcap": np.float32(scores.softcap or 0.0),
-        "window": scores.window or 0,
+        "scale": np.float32(scale),
+        "softcap": np.float32(softcap or 0.0),
+        "window": window or 0,
         "threads": _threads(devices),
     }
     return call(q_BTNH, k_BKSH, v_BKSH, start_B, **about).astype(q_BTNH.dtype)

@@ -136,7 +136,7 @@ def cached_attention(
         values = write(values, as_dtype(v, values.dtype), position[:, 0])
         if on_cpu and native.attends(q.dtype):
             devices = plan.mesh.devices.size
-            out = native.attend(q, keys, values, position[:, 0], scores, devices)
+            out = native.attend(q, keys, values, position[:, 0], devices, *scores)
         else:
             out = attend(on_cpu, q, keys, values, position, scores)
         return out, keys, values

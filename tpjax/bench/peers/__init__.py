@@ -41,12 +41,12 @@ class Peer:
 
     def __init__(self, name: str, words: list[str], tensor: int):
         system = PEERS[name]
+        if system.processes and tensor < 2:
+            raise ResourceError(f"--compare {name}: is several processes; give -tp 2 or more")
         # Not find_spec: a command has made torch look absent to itself.
         there = {found.name.replace("_", "-") for found in importlib.metadata.distributions()}
         if missing := [package for package in system.needs if package not in there]:
             raise ResourceError(f"--compare {name}: pip install {' '.join(missing)}")
-        if system.processes and tensor < 2:
-            raise ResourceError(f"--compare {name}: is several processes; give -tp 2 or more")
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(tensor), "-m"]
         started = [*launcher, system.module] if system.processes else [system.module]
         self.name = name
