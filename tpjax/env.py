@@ -25,7 +25,6 @@ the garbage collector's thresholds, in the commands' own processes
 
 import contextlib
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -55,7 +54,9 @@ def start(devices: int | None = None) -> None:
     on_cpu = devices is not None or not has_accelerator()
     flags = os.environ.get("XLA_FLAGS", "")
     theirs = flags.replace(_YNN, "").strip()  # a parent process may have left ours
-    known = importlib.metadata.version("jaxlib").startswith(_FLAG_VERSIONS)
+    from importlib.metadata import version  # 20 ms, which a wrong option need not wait for
+
+    known = version("jaxlib").startswith(_FLAG_VERSIONS)
     if on_cpu and known and YNN_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_YNN}".strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

@@ -6,8 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.engine.inputs import whole
@@ -76,6 +74,8 @@ def _complete(llm, prompts, params, quiet: bool):
         nonlocal bar
         if bar is None:  # from the first token on: compiling has lines of its own
             total = len(prompts) * params.max_tokens
+            from tqdm import tqdm
+
             bar = tqdm(total=total, unit=" tokens", desc="generating", disable=quiet, leave=False)
         bar.update(len(request.token_ids) - counted.get(request.id, 0))
         counted[request.id] = len(request.token_ids)
