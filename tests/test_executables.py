@@ -103,3 +103,13 @@ def test_bytes_of_a_decode_step_count_the_experts_chosen():
             assert bytes_per_step(llm, batch, buckets.context) == pytest.approx(
                 others + experts * share + cache, abs=8
             )
+
+
+def test_what_is_expected_is_built_while_weights_load(quiet):
+    """One prompt or many, as `generate` takes them, which then builds nothing more."""
+    for expect in ("hello", ["a", "b"]):
+        llm = LLM(bundled(), 1, expect=expect, max_model_len=64, **quiet)
+        built = set(llm.executables.built)
+        assert built
+        llm.generate(expect, SamplingParams(max_tokens=2))
+        assert set(llm.executables.built) == built

@@ -77,6 +77,12 @@ def test_a_sweep_of_the_bundled_model(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_with_no_place_is_refused_before_anything_is_measured(capsys):
+    words = ("--sweep", "batch", "--plot", "/no/such/x.png")
+    code, _, err = main(capsys, "bench", "decode", *words)
+    assert code == 4 and err.count("\n") == 1 and "No such file" in err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

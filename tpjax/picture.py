@@ -10,11 +10,14 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def check(file: Path) -> None:
-    """Raises UsageError for another kind of file, ResourceError without matplotlib."""
+    """Raises UsageError for another kind of file, ResourceError without matplotlib or without a
+    folder to write to: before the work, not after."""
     if file.suffix not in KINDS:
         raise UsageError(f"--plot {file}: write one of {', '.join(KINDS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ResourceError('--plot: matplotlib is not installed; pip install "tpjax[plot]"')
+    if not file.absolute().parent.is_dir():
+        raise ResourceError(f"--plot {file}: No such file or directory")
 
 
 def save(figure, file: Path) -> None:

@@ -86,7 +86,7 @@ class LLM:
         patterns: Mapping[str, Sequence[str | None] | str] | None = None,
         allow: Sequence[str] = (),
         verify: Literal["fast", "full"] | None = None,
-        expect: Sequence[Prompt] = (),
+        expect: Prompt | Sequence[Prompt] = (),
         random_weights: bool = False,
         progress: load.Progress = iter,
         on_build: OnBuild = silent,
@@ -139,7 +139,7 @@ class LLM:
         if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
             say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
-        lengths = [[len(self._ids(prompt))] for prompt in expect]
+        lengths = [[len(self._ids(prompt))] for prompt in as_prompts(expect)]
         names = self.executables.for_requests(lengths) if lengths else []
         with ThreadPoolExecutor(max_workers=1) as beside:
             built = beside.submit(self.executables.build, names)
