@@ -1,9 +1,12 @@
 """Eight forced CPU devices and strict jax, for every test; small models shared by the session."""
 
+import os
 import shutil
 import tempfile
 
-import jax
+os.environ["TPJAX_KEPT"] = "0"  # tests change the code; what is kept knows only the files
+
+import jax  # noqa: E402
 import jax.numpy as jnp
 import pytest
 

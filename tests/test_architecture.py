@@ -10,8 +10,9 @@ FILES = sorted((ROOT / "tpjax").rglob("*.py")) + sorted((ROOT / "checkpoints_too
 
 # A module may import from its own layer and those before it.
 LAYERS = [
-    ["errors"],
+    ["errors", "kept"],
     ["rope", "config", "params", "buckets", "picture"],
+    ["facts"],
     ["models"],
     ["parallel"],
     ["inventory"],

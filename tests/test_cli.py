@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
     """A fresh process of examples/generate.py or of the command."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "TPJAX_KEPT")}
     done = subprocess.run(
         [sys.executable, *words],
         capture_output=True,

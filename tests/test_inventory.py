@@ -11,7 +11,8 @@ from tpjax.parallel.layout import Layout
 from tpjax.parallel.mesh import make_mesh
 from tpjax.parallel.rules import sharding_word
 from tpjax.plan import Plan
-from tpjax.planner.models import facts, find, from_facts, table
+from tpjax.facts import facts, from_facts
+from tpjax.planner.models import find, table
 from tpjax.weights import WeightTable
 
 NAMES = sorted([*CONFIGS, *LITERAL])
@@ -33,11 +34,13 @@ def plan_of(config, sizes):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_weights(name, sizes):
-    """Paths, sizes, shardings and bytes, of two layers, one of each kind."""
+    """Paths, dimensions and order, which tracing compares; shardings and bytes. Of two layers, one of
+    each kind."""
     config = published(name, 2)
     if "expert" in sizes and config.moe is None or np.prod(list(sizes.values())) > config.heads:
         return
     table, layout = WeightTable(config, plan_of(config, sizes)), Layout.of(**sizes).fit(config)
+    assert table.module(table.abstract()).config == config
     traced = {s.path: (s.dims, sharding_word(s.sharding), s.bytes_per_device) for s in table.specs}
     counted = {w.path: (w.dims, w.sharding, w.bytes_per_device) for w in weights(config, layout)}
     assert counted == traced

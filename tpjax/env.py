@@ -6,8 +6,11 @@ XLA_FLAGS ``--xla_cpu_experimental_ynn_fusion_type=individual_dot``
     of several rows are slow too: 4 to 40 times (BENCHMARKS.md). Read by the CPU backend only.
 platform ``cpu``, if the CUDA plugin is installed but there is no GPU
     Otherwise jax prints a traceback about missing CUDA libraries.
-compilation cache in the user's cache directory, whatever the compile time
-    The second start of a model compiles nothing.
+jax's compilation cache in the user's cache directory, on accelerators, whatever the compile time
+    It also keeps what was autotuned. Not on a CPU: an executable that comes from there cannot be
+    written again, and our own are traced no more either (`tpjax.kept`).
+TPJAX_KEPT is only read: 0 keeps no configs, tokenizers and executables of ours, and uses none
+    Where jax's cache is turned off or elsewhere, so are our executables.
 XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
 TPJAX_NATIVE is only read: 0 turns our own CPU kernel off
@@ -69,7 +72,8 @@ def start(devices: int | None = None) -> None:
             jax.config.update("jax_platforms", "cpu")
         if devices is not None:
             jax.config.update("jax_num_cpu_devices", devices)
-        _cache_executables(jax.config)
+        if not on_cpu:
+            _cache_executables(jax.config)
         jax.devices()
 
 
@@ -77,11 +81,7 @@ def _cache_executables(config) -> None:
     if config.jax_compilation_cache_dir:
         return
     folder = cache_dir() / "xla"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home: jax would warn at every program
-        return
-    if not os.access(folder, os.W_OK):
+    if not _can_be_written(folder):  # a read-only home: jax would warn at every program
         return
     config.update("jax_compilation_cache_dir", str(folder))
     for option, value in (
@@ -104,7 +104,9 @@ def caches_executables() -> bool:
     import jax
 
     config: Any = jax.config
-    return bool(config.jax_compilation_cache_dir) and config.jax_enable_compilation_cache
+    folder = kept_executables_dir()
+    there = folder is not None and _can_be_written(folder)
+    return there or bool(config.jax_compilation_cache_dir) and config.jax_enable_compilation_cache
 
 
 def without_executable_cache() -> None:
@@ -153,6 +155,41 @@ def cpu_devices_chosen() -> bool:
 def native_kernels() -> bool:
     """Whether kernels of our own may be built and used: not if the user sets TPJAX_NATIVE=0."""
     return os.environ.get("TPJAX_NATIVE") != "0"
+
+
+def kept_dir() -> Path | None:
+    """Where configs are kept between starts; None if the user sets TPJAX_KEPT=0."""
+    return None if os.environ.get("TPJAX_KEPT") == "0" else cache_dir() / "kept"
+
+
+def kept_executables_dir() -> Path | None:
+    """Where our executables are kept; None where they are not, or jax's cache is on no disk."""
+    import jax
+
+    config: Any = jax.config
+    theirs = config.jax_compilation_cache_dir
+    if kept_dir() is None or not config.jax_enable_compilation_cache or "://" in (theirs or ""):
+        return None
+    return Path(theirs) / "tpjax" if theirs else kept_dir()
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def jax_settings() -> list[tuple[str, str]]:
+    """What the environment and jax's configuration may change about an executable."""
+    import jax
+
+    config: Any = jax.config
+    beside = ("cache", "log", "trace", "dump", "debug", "pprint", "tracer", "proxy")
+    named = [(k, repr(v)) for k, v in config.values.items() if not any(w in k for w in beside)]
+    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPJAX_NATIVE")
+    return sorted(named) + [(flag, os.environ.get(flag, "")) for flag in flags]
 
 
 def cache_dir() -> Path:

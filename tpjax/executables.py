@@ -1,26 +1,30 @@
-"""Executables: one per bucket, built ahead of time, counted.
+"""Executables: one per bucket, built ahead of time, counted, and kept on disk.
 
 The set is finite and known from `Buckets` before the first request.
 """
 
 import functools
+import importlib.metadata
+import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpjax import sampling, step
+from tpjax import env, kept, native, sampling, step
 from tpjax.buckets import DISPATCH, Buckets
 from tpjax.cache import KVCache
+from tpjax.ops.sample import Drawn
 from tpjax.weights import WeightTable
 
 
 @dataclass(frozen=True)
 class Built:
-    """One executable and what it took to build."""
+    """One executable and what it took to build. ``from_cache``: nothing was compiled."""
 
     run: jax.stages.Compiled
     seconds: float
@@ -45,19 +49,20 @@ class Executables:
 
     def for_requests(self, lengths: Sequence[Sequence[int]]) -> list[str]:
         """Names of all that a run of requests will use; of each, the lengths it is prefilled at."""
-        batch = self.buckets.batch_for(len(lengths))
         chunks = {c for each in lengths for n in each for c in self.buckets.chunk_sizes(n)}
         names = [f"prefill[t{c}]" for c in sorted(chunks)]
-        return names + self._decoding(batch)
+        return names + self.decoding(len(lengths))
 
     def all_names(self) -> list[str]:
         """Names of everything generation can ever use."""
         names = [f"prefill[t{c}]" for c in self.buckets.chunks]
         for batch in self.buckets.batch:
-            names += [n for n in self._decoding(batch) if n not in names]
+            names += [n for n in self.decoding(batch) if n not in names]
         return names
 
-    def _decoding(self, batch: int) -> list[str]:
+    def decoding(self, sequences: int) -> list[str]:
+        """Names of what so many sequences need once they are prefilled."""
+        batch = self.buckets.batch_for(sequences)
         zeros = [f"zeros[b{self.one}]"]
         if batch == 1:
             return [*zeros, "decode[b1]"]
@@ -71,9 +76,14 @@ class Executables:
         for number, name in enumerate(todo, 1):
             done = self.on_build(name, number, len(todo))
             start, hits = time.perf_counter(), compiles.cache_hits
-            compiled = self.lower(name).compile()
-            seconds = time.perf_counter() - start
-            self.built[name] = Built(compiled, seconds, compiles.cache_hits > hits)
+            compiled = self._kept(name)
+            again = compiled is not None
+            if compiled is None:
+                compiled = self.lower(name).compile()
+                again = compiles.cache_hits > hits
+                if not again:  # what comes from jax's own cache cannot be written again
+                    self._keep(name, compiled)
+            self.built[name] = Built(compiled, time.perf_counter() - start, again)
             done(self.built[name])
 
     def __getitem__(self, name: str) -> Callable:
@@ -84,6 +94,12 @@ class Executables:
 
     def lower(self, name: str) -> jax.stages.Lowered:
         """Trace one step for its bucket, on abstract weights."""
+        step = self._step(name)
+        with jax.set_mesh(self.table.plan.mesh):
+            return jax.jit(step.run, donate_argnums=step.donated).lower(*step.args)
+
+    def _step(self, name: str) -> "_Step":
+        """What an executable computes, of what."""
         kind, _, size = name.removesuffix("]").partition("[")
         rows_or_tokens = int(size[1:])
         table = self.table
@@ -97,35 +113,89 @@ class Executables:
             return KVCache.abstract(table.config, plan, rows, self.buckets.context)
 
         one, weights = self.one, table.abstract()
-        with jax.set_mesh(plan.mesh):
-            match kind:
-                case "zeros":
-                    shapes = cache(rows_or_tokens)
-                    make = lambda: jax.tree.map(  # noqa: E731
-                        lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes
-                    )
-                    return jax.jit(make).lower()
-                case "prefill":
-                    args = (small((one, rows_or_tokens)), *(small((one,)),) * 3)
-                    packed = small((one, sampling.COLUMNS))
-                    fn = functools.partial(step.prefill, table)
-                    return _jit(fn, 1).lower(weights, cache(one), *args, packed)
-                case "insert":
-                    fn = functools.partial(step.insert, table)
-                    return _jit(fn, 0).lower(cache(rows_or_tokens), cache(one), small((one,)))
-                case "decode":
-                    packed = small((rows_or_tokens, sampling.COLUMNS))
-                    fn = functools.partial(step.decode_many, table, DISPATCH)
-                    return _jit(fn, 1).lower(weights, cache(rows_or_tokens), packed, small(()))
-                case "score" | "states":
-                    args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
-                    fn = functools.partial(getattr(step, kind), table)
-                    return _jit(fn, 1).lower(weights, cache(one), *args)
+        match kind:
+            case "zeros":
+                shapes = cache(rows_or_tokens)
+                make = lambda: jax.tree.map(  # noqa: E731
+                    lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes
+                )
+                return _Step(make, (), None, shapes)
+            case "prefill":
+                args = (small((one, rows_or_tokens)), *(small((one,)),) * 3)
+                packed = small((one, sampling.COLUMNS))
+                fn = functools.partial(step.prefill, table)
+                return _Step(fn, (weights, cache(one), *args, packed), 1, (cache(one), _DRAWN))
+            case "insert":
+                fn = functools.partial(step.insert, table)
+                held = cache(rows_or_tokens)
+                return _Step(fn, (held, cache(one), small((one,))), 0, held)
+            case "decode":
+                packed = small((rows_or_tokens, sampling.COLUMNS))
+                fn = functools.partial(step.decode_many, table, DISPATCH)
+                held = cache(rows_or_tokens)
+                return _Step(fn, (weights, held, packed, small(())), 1, (held, _DRAWN))
+            case "score" | "states":
+                args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
+                fn = functools.partial(getattr(step, kind), table)
+                return _Step(fn, (weights, cache(one), *args), 1, (cache(one), 0))
         raise KeyError(name)
+
+    def _kept(self, name: str) -> jax.stages.Compiled | None:
+        """The executable as an earlier start has kept it, if one has."""
+        if (folder := env.kept_executables_dir()) is None:
+            return None
+        if (content := kept.read(folder, "step", self._about(name))) is None:
+            return None
+        from jax.experimental.serialize_executable import deserialize_and_load
+
+        if self.table.plan.platform == "cpu":
+            native.ready()  # what it may call is there before it is loaded
+        devices = self.table.plan.mesh.devices.flat
+        step = self._step(name)
+        trees = (jax.tree.structure((step.args, {})), jax.tree.structure(step.result))
+        try:
+            return deserialize_and_load(
+                content, *trees, backend=devices[0].client, execution_devices=tuple(devices)
+            )
+        except (ValueError, RuntimeError, pickle.UnpicklingError):  # made anew, and kept instead
+            return None
+
+    def _keep(self, name: str, compiled: jax.stages.Compiled) -> None:
+        if (folder := env.kept_executables_dir()) is None:
+            return
+        from jax.experimental.serialize_executable import serialize
+
+        try:
+            content, *_ = serialize(compiled)
+        except (ValueError, RuntimeError, NotImplementedError):  # not every backend can
+            return
+        kept.write(folder, "step", self._about(name), content)
+
+    def _about(self, name: str) -> tuple[Any, ...]:
+        """All that an executable depends on, beside our source."""
+        plan = self.table.plan
+        devices = [(d.id, d.process_index, d.device_kind) for d in plan.mesh.devices.flat]
+        versions = [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")]
+        client = plan.mesh.devices.flat[0].client
+        settings = env.jax_settings()
+        about = (name, self.table.config, plan, self.buckets, devices, client.platform_version)
+        return (*about, versions, settings, native.identity() if client.platform == "cpu" else None)
 
     def upload(self, x: np.ndarray) -> jax.Array:
         """A small host array on every device."""
         return jax.device_put(x, self.table.plan.sharding(*(None,) * x.ndim))
+
+
+class _Step(NamedTuple):
+    """A function, its abstract arguments, which of them is donated, and the tree it returns."""
+
+    run: Callable
+    args: tuple
+    donated: int | None
+    result: Any
+
+
+_DRAWN = Drawn(*(jax.ShapeDtypeStruct((), jnp.int32),) * 4)
 
 
 @functools.cache
@@ -137,10 +207,6 @@ def fast_on_cpu(dtype: str) -> bool:
     x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 256), (512, 256)))
     product = jax.jit(lambda x, w: jnp.einsum("RI,OI->RO", x, w, preferred_element_type="float32"))
     return "__ynn_fusion" in (product.lower(x, w).compile().as_text() or "")
-
-
-def _jit(fn, donated: int):
-    return jax.jit(fn, donate_argnums=donated)
 
 
 class _Compiles:

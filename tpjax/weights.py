@@ -1,22 +1,27 @@
-"""WeightTable: every weight's path, shape, dtype, axes and sharding, from the model's declaration.
+"""WeightTable: every weight's path, shape, dtype, axes and sharding.
 
-One table feeds the loader, the compiler, the memory check and the tests. It needs no devices.
+One table feeds the loader, the compiler, the memory check and the tests. It needs no devices, and
+Flax only to trace the model: a start that finds its executables on disk does without.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import jax
+import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding
 
+from tpjax import inventory
 from tpjax.config import ModelConfig
-from tpjax.nn.decoder import Decoder
 from tpjax.parallel.dims import Dim
 from tpjax.plan import Plan
+
+if TYPE_CHECKING:
+    from tpjax.nn.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -61,23 +66,37 @@ class WeightTable:
 
     def __init__(self, config: ModelConfig, plan: Plan):
         self.config, self.plan = config, plan
-        model = nnx.eval_shape(lambda: Decoder(config, plan))
-        self._graph, state = nnx.split(model)
-        self._treedef = jax.tree.structure(state)
-        self.specs = tuple(self._spec(path, leaf) for path, leaf in nnx.to_flat_state(state))
+        listed = inventory.weights(config, plan.layout)
+        self.specs = tuple(map(self._spec, sorted(listed, key=lambda weight: _place(weight.path))))
 
-    def _spec(self, path, leaf) -> WeightSpec:
-        dims: tuple[Dim, ...] = tuple(leaf.get_metadata()["dims"])
+    def _spec(self, weight: inventory.Weight) -> WeightSpec:
+        dims = weight.dims
         cut = [bool(self.plan.rules.mesh_axes(dim.axis)) for dim in dims]
-        name = ".".join(map(str, path))
         return WeightSpec(
-            path=name,
+            path=weight.path,
             dims=dims,
-            dtype=np.dtype(leaf.dtype),
-            sharding=self.plan.at(name).sharding(*(dim.axis for dim in dims)),
+            dtype=np.dtype(self.config.dtype),
+            sharding=self.plan.at(weight.path).sharding(*(dim.axis for dim in dims)),
             split=cut.index(True) if any(cut) else None,
             split_inside=cut[1:].index(True) if any(cut[1:]) else None,
         )
+
+    @cached_property
+    def _declared(self) -> tuple[Any, Any]:
+        """The model without its weights, and how its state is a tree of them. Raises RuntimeError
+        if it declares other weights than the table lists, or in another order."""
+        from flax import nnx
+
+        from tpjax.nn.decoder import Decoder
+
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self.plan)))
+        declared = [
+            (".".join(map(str, path)), leaf.get_metadata()["dims"], np.dtype(leaf.dtype))
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        if declared != [(spec.path, spec.dims, spec.dtype) for spec in self.specs]:
+            raise RuntimeError("tpjax.nn and tpjax.inventory list different weights")
+        return graph, jax.tree.structure(state)
 
     @cached_property
     def by_path(self) -> dict[str, WeightSpec]:
@@ -98,7 +117,15 @@ class WeightTable:
             jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for s in self.specs
         )
 
-    def module(self, leaves: Sequence[jax.Array]) -> Decoder:
+    def module(self, leaves: Sequence[jax.Array]) -> "Decoder":
         """The model around these leaves. Only ever called while tracing: the host pays for the
         module once per compile, never per step."""
-        return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, leaves))
+        from flax import nnx
+
+        graph, treedef = self._declared
+        return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
+
+
+def _place(path: str) -> tuple:
+    """Where a weight is among the leaves: modules by name, layers by number."""
+    return tuple(int(word) if word.isdigit() else word for word in path.split("."))

@@ -1,6 +1,8 @@
-"""A model folder: where it is, what it declares, and its tokenizer. No weights are read here."""
+"""A model folder: where it is and what it declares. No weights are read here."""
 
+import importlib.metadata
 import importlib.resources
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from tpjax import env, kept
 from tpjax.checkpoint.manifest import JOURNAL
 from tpjax.checkpoint.safetensors import dtype_of_first, one_line, read_json
 from tpjax.config import DTYPES, ModelConfig, check_dtype
 from tpjax.errors import CheckpointError, UsageError
+from tpjax.facts import facts, from_facts
 from tpjax.models import Family, find
 from tpjax.rope import Rope
 
@@ -122,6 +126,19 @@ def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
         )
     kind = raw.get("model_type")
     family = find(kind if kind is None or isinstance(kind, str) else repr(kind), where)
+    # What somebody else registers may change without our source.
+    ours = family.config.__module__.startswith("tpjax.")
+    kept_in = env.kept_dir() if ours else None
+    about = (json.dumps(raw, sort_keys=True), importlib.metadata.version("transformers"))
+    if found := kept.read(kept_in, "config", about):
+        return from_facts(json.loads(found)), family
+    config = _resolved(raw, family, where)
+    kept.write(kept_in, "config", about, json.dumps(facts(config)).encode())
+    return config, family
+
+
+def _resolved(raw: dict, family: Family, where: str) -> ModelConfig:
+    """What the family makes of a config that transformers has completed."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -139,7 +156,7 @@ def model_config(raw: dict, where: str) -> tuple[ModelConfig, Family]:
         ) from error
     if wrong:
         raise CheckpointError(f"{where}: not a valid {family.model_type} config ({wrong})")
-    return config, family
+    return config
 
 
 def impossible(config: ModelConfig) -> str | None:
@@ -205,37 +222,3 @@ def eos_ids(generation: dict) -> tuple[int, ...]:
         if not isinstance(id_, int) or not -1 <= id_ < 2**31:
             raise CheckpointError(f"eos_token_id={eos!r} in the generation config: not a token id")
     return tuple(id_ for id_ in ids if id_ >= 0)  # some say -1 for none
-
-
-def load_tokenizer(folder: ModelFolder):
-    """The folder's own tokenizer, by transformers; its ids must fit the embedding.
-
-    Returns None where there is none: token ids in, token ids out.
-    """
-    about = folder.path / "tokenizer_config.json"
-    if about.is_file() and "auto_map" in read_json(about):
-        raise CheckpointError(
-            f"{about}: auto_map asks to run code from the checkpoint (trust_remote_code), which"
-            " tpjax never does; use a checkpoint with a tokenizer.json"
-        )
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder.path / name).is_file() for name in names):
-        return None
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder.path), trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder.path}: the tokenizer cannot be loaded ({one_line(error)});"
-            " download its files again"
-        ) from error
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= folder.config.vocab:
-        raise CheckpointError(
-            f"{folder.path}: the tokenizer has id {highest}, but the embedding only"
-            f" vocab={folder.config.vocab} rows; they do not belong together"
-        )
-    return tokenizer

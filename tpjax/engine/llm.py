@@ -15,6 +15,7 @@ from tpjax import env, native
 from tpjax.buckets import Buckets
 from tpjax.checkpoint import folder as folders
 from tpjax.checkpoint import load
+from tpjax.checkpoint.tokenizer import load_tokenizer
 from tpjax.engine.chat import Conversation, chat_ids
 from tpjax.engine.engine import Engine
 from tpjax.engine.inputs import Prompt, as_params, as_prompts, check_ids, whole
@@ -62,7 +63,8 @@ class LLM:
     ``seed``: for requests without one. ``verify``: how a tpjax checkpoint is compared with its
     manifest, "fast" (default: sizes, small files, a sample) or "full" (every byte that is read).
 
-    ``expect``: prompts that will be generated together; what they need is built while weights load.
+    ``expect``: prompts that will be generated together; what they need is built while weights load,
+    and the tokenizer too.
 
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
@@ -134,21 +136,18 @@ class LLM:
         if self.padding.costs:
             say(str(self.padding))
         self.memory = check_memory(self.table, buckets)
-        self.tokenizer = None if random_weights else folders.load_tokenizer(self.folder)
         self.eos_ids = folders.eos_ids(self.folder.generation)
         if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
             say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
-        lengths = [[len(self._ids(prompt))] for prompt in as_prompts(expect)]
-        names = self.executables.for_requests(lengths) if lengths else []
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            built = beside.submit(self.executables.build, names)
-            if random_weights:
-                self.weights = load.random(self.table, seed, progress)
-            else:
-                source = load.open_source(self.folder.path, verify)
-                self.weights = load.load(self.table, self.folder.family, source, progress)
-            built.result()
+        self.tokenizer = None
+        prompts = as_prompts(expect)
+        progress = _beside(lambda: self._get_ready(prompts, not random_weights), progress)
+        if random_weights:
+            self.weights = load.random(self.table, seed, progress)
+        else:
+            source = load.open_source(self.folder.path, verify)
+            self.weights = load.load(self.table, self.folder.family, source, progress)
         if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
             say(
                 f"{dtype} products have no fast path on this CPU and take several times as long as"
@@ -156,6 +155,16 @@ class LLM:
             )
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
+
+    def _get_ready(self, prompts: list[Prompt], tokenizer: bool) -> None:
+        """What needs no weights: executables for these prompts, and the tokenizer."""
+        exe = self.executables
+        if prompts:
+            exe.build(exe.decoding(len(prompts)))
+        if tokenizer:
+            self.tokenizer = load_tokenizer(self.folder)
+        if prompts:
+            exe.build(exe.for_requests([[len(self._ids(prompt))] for prompt in prompts]))
 
     def _largest(self, data: int | None, expert: int | None, say: Callable[[str], None]) -> int:
         data, expert = (1 if n is None else n for n in (data, expert))
@@ -320,6 +329,22 @@ class LLM:
             return self.tokenizer.encode(text)
         except Exception as error:  # half of a surrogate pair, for one
             raise UsageError(f"prompt {text[:40]!r}: the tokenizer refuses it ({error})") from error
+
+
+def _beside(job: Callable[[], None], progress: load.Progress) -> load.Progress:
+    """``progress`` that does ``job`` beside the weights' loading, once that has begun, and raises
+    what it raises."""
+
+    def watched(specs):
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            done = pool.submit(job)
+            for spec in progress(specs):
+                if done.done():
+                    done.result()
+                yield spec
+            done.result()
+
+    return watched
 
 
 def _one_plan(plan, mesh, tensor, data, expert) -> Plan:

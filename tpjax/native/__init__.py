@@ -101,6 +101,13 @@ def why_not() -> str:
     return _built()[1]
 
 
+def identity() -> tuple[str, str, int]:
+    """What a program for CPUs depends on beside its own text: which kernels of ours it calls, the
+    processor, and how many of them share the work."""
+    compiler = _compiler()
+    return why_not() or _name(compiler or ""), _machine(), _processors()
+
+
 def _most_rows() -> int:
     return _built()[0]
 
@@ -110,7 +117,7 @@ def _built() -> tuple[int, str]:
     """How many rows of bfloat16 are multiplied at most, and why there is no kernel."""
     if not env.native_kernels():
         return 0, "TPJAX_NATIVE=0 turns it off"
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         return 0, f"no C++ compiler ({', '.join(COMPILERS)})"
     try:
@@ -129,16 +136,26 @@ def _built() -> tuple[int, str]:
     return most(), ""
 
 
-def _library(compiler: str) -> ctypes.CDLL:
-    """The library, from the user's cache if it is there: it is named by all it depends on. Where
-    nothing can be kept, every process builds its own."""
+@functools.cache
+def _compiler() -> str | None:
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+@functools.cache
+def _name(compiler: str) -> str:
+    """What the library is called: by all it depends on."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
     ).stdout
     text = [file.read_text() for file in (*SOURCES, FOLDER / "rows.h")]
     about = (text, version, FLAGS, importlib.metadata.version("jaxlib"), _machine())
-    name = f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:20]}.so"
-    folder = env.cache_dir() / "native"
+    return f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:20]}.so"
+
+
+def _library(compiler: str) -> ctypes.CDLL:
+    """The library, from the user's cache if it is there. Where nothing can be kept, every process
+    builds its own."""
+    name, folder = _name(compiler), env.cache_dir() / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         kept = os.access(folder, os.W_OK) or (folder / name).exists()

@@ -8,14 +8,14 @@ made from their config.json files (`tests/test_inventory.py` says how) and held 
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from tpjax.config import ModelConfig, MoE
+from tpjax.config import ModelConfig
 from tpjax.errors import CheckpointError, UsageError
-from tpjax.rope import Rope
+from tpjax.facts import from_facts
 
 TABLE = Path(__file__).with_name("models.json")
 
@@ -37,13 +37,22 @@ def table() -> dict[str, dict]:
 
 def known(name: str) -> Model | None:
     """A published model by its name or its id on the hub, in any case; None if it is not one.
-    ``llama-3.1-70b`` is found where only ``llama-3.1-70b-instruct`` is listed: they have one form.
+    ``llama-3.1-70b`` is found where only ``llama-3.1-70b-instruct`` is listed: they have one form;
+    and ``mixtral-8x22b`` where only one version of it is.
     """
     word = name.lower()
-    for key, entry in table().items():
-        if word in (key, key.removesuffix("-instruct"), entry["hub"].lower()):
-            return Model(key, from_facts(entry["facts"]), entry["hub"])
-    return None
+    called = [key for key, entry in table().items() if word in (key, entry["hub"].lower())]
+    called = called or [key for key in table() if word == key.removesuffix("-instruct")]
+    called = called or [key for key in table() if word == _plain(key)]
+    if len(called) != 1:
+        return None
+    entry = table()[called[0]]
+    return Model(called[0], from_facts(entry["facts"]), entry["hub"])
+
+
+def _plain(key: str) -> str:
+    """``mixtral-8x22b`` of ``mixtral-8x22b-v0.1``: without version and kind of training."""
+    return re.sub(r"(-(instruct|it|hf|v\d+(\.\d+)?))+$", "", key).removeprefix("meta-")
 
 
 def find(name: str, dtype: str | None = None) -> Model:
@@ -73,57 +82,6 @@ def _read(path: Path, name: str, dtype: str | None) -> Model:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CheckpointError(f"{path}: dtype {dtype!r} is not known here; give --dtype")
     return Model(name, with_dtype(folder.config, dtype))
-
-
-def facts(config: ModelConfig) -> dict:
-    """What of a config is not a default, as JSON holds it. Layers as runs: [[true, 5], [false, 1]]
-    is five and one, and so on until all have one."""
-    usual = {f.name: f.default for f in fields(ModelConfig)}
-    out = {}
-    for name in usual:
-        value = getattr(config, name)
-        if value == usual[name]:
-            continue
-        if isinstance(value, Rope | MoE):
-            kind = type(value)
-            plain = {f.name: f.default for f in fields(kind)}
-            value = {k: v for k, v in asdict(value).items() if v != plain[k]}
-            if "layers" in value:
-                value["layers"] = _runs(value["layers"])
-        elif name == "local_layers":
-            value = _runs(value)
-        out[name] = value
-    return out
-
-
-def from_facts(facts: dict) -> ModelConfig:
-    """The inverse of `facts`."""
-    out = dict(facts)
-    for name in ("rope", "rope_local"):
-        if out.get(name) is not None:
-            words: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in out[name].items()
-            }
-            out[name] = Rope(**words)
-    if "moe" in out:
-        out["moe"] = MoE(**out["moe"] | {"layers": _layers(out["moe"]["layers"])})
-    if "local_layers" in out:
-        out["local_layers"] = _layers(out["local_layers"])
-    return ModelConfig(**out)
-
-
-def _runs(layers: tuple[bool, ...]) -> list[list]:
-    runs: list[list] = []
-    for value in layers:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1])
-    return runs
-
-
-def _layers(runs: list[list]) -> tuple[bool, ...]:
-    return tuple(value for value, count in runs for _ in range(count))
 
 
 def shortened(config: ModelConfig, layers: int) -> ModelConfig:
