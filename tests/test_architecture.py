@@ -46,7 +46,12 @@ MAY_NAME = {
     "device_get": ("engine/engine.py",),
 }
 # Legacy files, and peers: in processes of their own, or when they are asked for.
-TORCH = ("checkpoints_tools/sources.py", "checkpoints_tools/logits.py", "tpjax/bench/peers/hf.py")
+TORCH = (
+    "checkpoints_tools/sources.py",
+    "checkpoints_tools/logits.py",
+    "tpjax/bench/peers/hf.py",
+    "tpjax/bench/peers/hf_start.py",
+)
 LOGICAL_AXES = {"vocab", "heads", "kv_heads", "mlp", "expert_mlp"}
 
 

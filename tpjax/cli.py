@@ -232,11 +232,21 @@ def _add_audit(commands) -> None:
 def _add_bench(commands) -> None:
     bench = commands.add_parser("bench", help="measure", description="Measure.")
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
+    _add_bench_steps(kinds, "decode")
+    _add_bench_steps(kinds, "prefill")
+    _add_bench_start(kinds, "start")
+    _add_bench_start(kinds, "load")
+
+
+def _add_bench_steps(kinds, kind: str) -> None:
+    decode = kind == "decode"
     parser = kinds.add_parser(
-        "decode",
-        help="loading, compiling, prefill and decode",
-        description="Measure loading, compiling, prefill and greedy decode; one JSON object.",
-        epilog="example: tpjax bench decode --config config.json -tp 2 --dtype float32 --json",
+        kind,
+        help="loading, compiling, prefill and decode" if decode else "prompts to first tokens",
+        description="Measure loading, compiling, prefill and greedy decode; one JSON object."
+        if decode
+        else "Measure the time from prompts to their first tokens; one JSON object.",
+        epilog=f"example: tpjax bench {kind} --config config.json -tp 2 --compare hf --json",
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
@@ -244,8 +254,8 @@ def _add_bench(commands) -> None:
     source.add_argument("--config", metavar="FILE", help="a config.json, with random weights")
     _add_mesh(parser)
     add("--batch", type=int, default=1, metavar="N", help="sequences; default: %(default)s")
-    add("--prompt-length", type=int, default=128, metavar="N", help="default: %(default)s")
-    add("--max-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    length = 128 if decode else 512
+    add("--prompt-length", type=int, default=length, metavar="N", help="default: %(default)s")
     add(
         "--compare",
         action="append",
@@ -254,17 +264,47 @@ def _add_bench(commands) -> None:
         help="measure these beside it, round by round: hf (transformers), hf-tp (its processes"
         " under torchrun), torch-compile, llama.cpp",
     )
-    add(
-        "--sweep",
-        metavar="AXIS,AXIS",
-        help="measure decode steps at other values of tensor, batch or context instead, all"
-        " combinations: batch,context or tensor=1/4",
-    )
-    add("--plot", metavar="FILE", help="draw the sweep: .png, .svg or .pdf")
+    if decode:
+        add("--max-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+        add(
+            "--sweep",
+            metavar="AXIS,AXIS",
+            help="measure decode steps at other values of tensor, batch or context instead, all"
+            " combinations: batch,context or tensor=1/4",
+        )
+        add("--plot", metavar="FILE", help="draw the sweep: .png, .svg or .pdf")
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
-    add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the row there")
+    add("--record", metavar="FILE", nargs="?", const="BENCHMARKS.md", help="append the rows there")
     add("--json", action="store_true", help="one line of JSON (else indented)")
-    add_common(parser, "tpjax.bench.decode:bench_decode")
+    add_common(parser, f"tpjax.bench.decode:bench_{kind}")
+
+
+def _add_bench_start(kinds, kind: str) -> None:
+    start = kind == "start"
+    parser = kinds.add_parser(
+        kind,
+        help="a process to its first token" if start else "weights onto devices, and the memory",
+        description="Measure starts of a process until its first token, the first one and later"
+        " ones; one JSON object."
+        if start
+        else "Measure how long weights take onto devices, and the memory that needs; one JSON"
+        " object.",
+        epilog=f"example: tpjax bench {kind} --model DIR -tp 2 --dtype bfloat16 --json",
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR|ID", help="default: the bundled model")
+    _add_mesh(parser)
+    if start:
+        add(
+            "--compare",
+            action="append",
+            default=[],
+            metavar="PEER",
+            help="start this beside it, round by round: hf (transformers)",
+        )
+    add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
+    add("--json", action="store_true", help="one line of JSON (else indented)")
+    add_common(parser, f"tpjax.bench.start:bench_{kind}")
 
 
 if __name__ == "__main__":

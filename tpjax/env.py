@@ -157,6 +157,12 @@ def native_kernels() -> bool:
     return os.environ.get("TPJAX_NATIVE") != "0"
 
 
+def with_cache(folder: Path) -> dict[str, str]:
+    """The environment of another process of ours, whose cache is there and nowhere else."""
+    gone = ("TPJAX_KEPT", "JAX_COMPILATION_CACHE_DIR")
+    return {k: v for k, v in os.environ.items() if k not in gone} | {"XDG_CACHE_HOME": str(folder)}
+
+
 def kept_dir() -> Path | None:
     """Where configs are kept between starts; None if the user sets TPJAX_KEPT=0."""
     return None if os.environ.get("TPJAX_KEPT") == "0" else cache_dir() / "kept"

@@ -1,11 +1,12 @@
-"""`tpjax bench decode`: loading, compiling, prefill and greedy decode of one batch, as JSON.
+"""`tpjax bench decode` and `bench prefill`: loading, compiling, prefill and greedy decode of one
+batch, as JSON.
 
-Decode time is the time for N + 1 tokens minus the time for one, so that prefill cancels out; every
-figure is a median over rounds, with its spread. Nothing compiles while it is measured.
-``ms_per_token`` and ``bytes_per_token`` are those of one step, which makes a token for every
-sequence of the batch; ``load_s`` is null where weights are random; the disk cache of executables is
-off. ``--compare`` measures other systems in the same rounds, one after the other, so that a machine
-that is slow for a minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
+Prefill is the time until every sequence has its first token, decode what follows; every figure is a
+median over rounds, with its spread. Nothing compiles while it is measured. ``ms_per_token`` and
+``bytes_per_token`` are those of one step, which makes a token for every sequence of the batch;
+``load_s`` is null where weights are random; the disk cache of executables is off. ``--compare``
+measures other systems in the same rounds, one after the other, so that a machine that is slow for a
+minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +30,19 @@ if TYPE_CHECKING:
     from tpjax.engine.llm import LLM
     from tpjax.report import Report
 
+HOST_TOKENS = 16  # of a run in which the host's own time is measured
+
+
+def bench_prefill(args: argparse.Namespace) -> int:
+    """`bench_decode` of prompts alone."""
+    args.max_tokens, args.sweep, args.plot = 0, None, None
+    return bench_decode(args)
+
 
 def bench_decode(args: argparse.Namespace) -> int:
     """Measure and print one JSON object; append a row to a file with ``--record``."""
-    for name in ("batch", "prompt_length", "max_tokens"):
-        if getattr(args, name) < 1:
+    for name, least in (("batch", 1), ("prompt_length", 1), ("max_tokens", args.kind == "decode")):
+        if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
@@ -61,12 +71,11 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Load, build, and time `args.rounds` times one token and all tokens of the batch."""
+    """Load, build, and time the batch `args.rounds` times."""
     import numpy as np
 
     from tpjax.bench.bandwidth import read_bandwidth
     from tpjax.executables import compiles
-    from tpjax.params import SamplingParams
     from tpjax.report import Report
 
     report = Report(args.quiet)
@@ -76,15 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(0)
     shape = (args.batch, args.prompt_length)
     prompts = rng.integers(0, llm.config.vocab, shape).tolist()
-
-    def run(tokens: int) -> float:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        start = time.perf_counter()
-        llm.generate(prompts, params)
-        return time.perf_counter() - start
-
-    run(1)
-    run(args.max_tokens + 1)
+    timed(llm, prompts, args.max_tokens)
     before = compiles.count
     first, decode, bandwidth = [], [], []
     with contextlib.ExitStack() as stack:
@@ -92,19 +93,18 @@ def measure(args: argparse.Namespace) -> dict:
         rounds: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in peers}
         for _ in range(args.rounds):
             bandwidth.append(read_bandwidth(llm.plan.platform))
-            first.append(run(1))
-            decode.append(run(args.max_tokens + 1) - first[-1])
+            one, rest = timed(llm, prompts, args.max_tokens)
+            first.append(one)
+            decode.append(rest)
             for peer, seconds in rounds.items():
                 seconds.append(peer.round())
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
-
-    buckets = llm.executables.buckets
-    step_bytes = bytes_per_step(llm, buckets.batch[-1], buckets.context)
-    per_token = statistics.median(decode) / args.max_tokens
     limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
-    tokens = args.batch * args.max_tokens
+    decoded = _decoded(args, llm, decode, limit, prompts[0]) if args.max_tokens else {}
+    tokens = args.batch * args.prompt_length
     return {
+        "kind": args.kind,
         "model": str(args.config or args.model or "bundled"),
         "parameters": llm.table.parameters,
         "mesh": dict(llm.plan.mesh.shape),
@@ -116,17 +116,90 @@ def measure(args: argparse.Namespace) -> dict:
         "rounds": args.rounds,
         "load_s": None if args.config else round(report.load_s, 3),
         "compile_s": round(report.compile_s, 3),
-        "prefill_tok_s": round(args.batch * args.prompt_length / statistics.median(first), 2),
-        "decode_tok_s": round(tokens / statistics.median(decode), 2),
-        "decode_tok_s_spread": [round(tokens / t, 2) for t in (max(decode), min(decode))],
-        "ms_per_token": round(per_token * 1e3, 3),
-        "bytes_per_token": step_bytes,
+        "prefill_tok_s": round(tokens / statistics.median(first), 2),
+        "prefill_tok_s_spread": [round(tokens / t, 2) for t in (max(first), min(first))],
+        **decoded,
         "read_bandwidth": round(limit),
-        "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
         "peers": {
             peer.name: _beside(peer, seconds, first, decode, args)
             for peer, seconds in rounds.items()
         },
+    }
+
+
+def timed(llm: "LLM", prompts: list[list[int]], more: int) -> tuple[float, float]:
+    """Seconds until every prompt has its first token, and of ``more`` tokens for each after it."""
+    from tpjax.params import SamplingParams
+
+    waiting, at = len(prompts), 0.0
+
+    def look(request) -> None:
+        nonlocal waiting, at
+        if len(request.token_ids) == 1:
+            waiting -= 1
+            at = at if waiting else time.perf_counter()
+
+    params = SamplingParams(temperature=0.0, max_tokens=more + 1, ignore_eos=True)
+    start = time.perf_counter()
+    llm.generate(prompts, params, on_progress=look)
+    return at - start, time.perf_counter() - at
+
+
+def host_ms(llm: "LLM", prompt: list[int]) -> dict:
+    """Milliseconds a token in which no executable was running or asked to: of one sequence whose
+    tokens are fetched one by one (``each``), and of one whose tokens a dispatch makes (``many``)."""
+    import jax
+
+    from tpjax.params import SamplingParams
+
+    def outside(run) -> float:
+        inside, built = 0.0, dict(llm.executables.built)
+
+        def timing(executable):
+            def call(*args):
+                nonlocal inside
+                start = time.perf_counter()
+                result = jax.block_until_ready(executable(*args))
+                inside += time.perf_counter() - start
+                return result
+
+            return call
+
+        for name, one in built.items():
+            llm.executables.built[name] = replace(one, run=timing(one.run))
+        try:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start - inside) * 1e3 / HOST_TOKENS
+        finally:
+            llm.executables.built.update(built)
+
+    room = min(HOST_TOKENS, llm.max_model_len - len(prompt))
+    params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
+    runs = {
+        "each": lambda: list(llm._engine.run(llm._requests([prompt], params), tokens=1)),
+        "many": lambda: llm.generate([prompt], params),
+    }
+    return {
+        name: round(statistics.median(outside(run) for _ in range(5)), 4)
+        for name, run in runs.items()
+    }
+
+
+def _decoded(
+    args: argparse.Namespace, llm: "LLM", decode: list[float], limit: float, prompt: list[int]
+) -> dict:
+    buckets = llm.executables.buckets
+    step_bytes = bytes_per_step(llm, buckets.batch[-1], buckets.context)
+    per_token = statistics.median(decode) / args.max_tokens
+    tokens = args.batch * args.max_tokens
+    return {
+        "decode_tok_s": round(tokens / statistics.median(decode), 2),
+        "decode_tok_s_spread": [round(tokens / t, 2) for t in (max(decode), min(decode))],
+        "ms_per_token": round(per_token * 1e3, 3),
+        "bytes_per_token": step_bytes,
+        "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
+        "host_ms": host_ms(llm, prompt),
     }
 
 
@@ -210,13 +283,15 @@ def _beside(peer: Peer, seconds, first: list[float], decode: list[float], args) 
         return [round(n, 3) for n in (each[0], statistics.median(each), each[-1])]
 
     one, rest = (list(column) for column in zip(*seconds, strict=True))
-    return {
+    beside = {
         "about": peer.about,
         "prefill_tok_s": round(args.batch * args.prompt_length / statistics.median(one), 2),
-        "decode_tok_s": round(args.batch * args.max_tokens / statistics.median(rest), 2),
         "prefill_ratio": ratio(one, first),
-        "decode_ratio": ratio(rest, decode),
     }
+    if args.max_tokens:
+        rate = args.batch * args.max_tokens / statistics.median(rest)
+        beside |= {"decode_tok_s": round(rate, 2), "decode_ratio": ratio(rest, decode)}
+    return beside
 
 
 def bytes_per_step(llm: "LLM", batch: int, positions: int) -> int:

@@ -116,10 +116,14 @@ def main() -> int:
     parser.add_argument("--stored", default="bfloat16")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--write", type=Path, help="only write the checkpoint there")
+    parser.add_argument("--model", type=Path, help="load this one instead of a random one")
     args = parser.parse_args()
     env.start(devices=args.tp)
     if args.write:
         write_checkpoint(args.write, args.stored)
+        return 0
+    if args.model:
+        print(json.dumps(measure(args.model, args.tp, args.dtype)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         # In another process: memory freed here could be used again, and not be counted.

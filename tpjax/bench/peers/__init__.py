@@ -1,8 +1,8 @@
 """Other systems, measured beside tpjax in the same rounds: each is a process that loads the same
 shape, waits, and runs one round when it is told to.
 
-A peer reads a line for every round and answers with a line of JSON: seconds of one token and of
-all. Its first line says what it is.
+A peer reads a line for every round and answers with a line of JSON: seconds until the first tokens
+and of all others. Its first line says what it is.
 """
 
 import importlib.metadata
@@ -69,7 +69,7 @@ class Peer:
         self.process.stdin.write("round\n")
         self.process.stdin.flush()
         answer = self._answer()
-        return answer["one"], answer["all"] - answer["one"]
+        return answer["first"], answer["rest"]
 
     def _answer(self) -> dict:
         assert self.process.stdout is not None

@@ -19,9 +19,14 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def answer(
-    about: str, run: Callable[[int], float], tokens: int, rounds: Iterable = sys.stdin
+    about: str,
+    run: Callable[[int], tuple[float, float]],
+    tokens: int,
+    rounds: Iterable = sys.stdin,
 ) -> None:
-    """Say what this is, then seconds of one token and of one more than ``tokens``, per round."""
+    """Say what this is; then, per round, seconds until every sequence has its first token, and of
+    ``tokens`` more of each."""
     print(json.dumps({"about": about}), flush=True)
     for _ in rounds:
-        print(json.dumps({"one": run(1), "all": run(tokens + 1)}), flush=True)
+        first, rest = run(tokens + 1)
+        print(json.dumps({"first": first, "rest": rest}), flush=True)

@@ -1,0 +1,24 @@
+"""transformers from a process's start to its first token: a peer of `tpjax bench start`."""
+
+import argparse
+
+import torch
+import transformers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for word in ("--model", "--prompt", "--dtype"):
+        parser.add_argument(word, required=True)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    dtype = getattr(torch, args.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    ids = tokenizer(args.prompt, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    print(repr(tokenizer.decode(made[0, -1:])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
