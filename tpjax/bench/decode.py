@@ -5,16 +5,17 @@ Prefill is the time until every sequence has its first token, decode what follow
 median over rounds, with its spread. Nothing compiles while it is measured. ``ms_per_token`` and
 ``bytes_per_token`` are those of one step, which makes a token for every sequence of the batch;
 ``load_s`` is null where weights are random; the disk cache of executables is off. ``--compare``
-measures other systems in the same rounds, one after the other, so that a machine that is slow for a
-minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
+measures other systems in the same rounds, one after the other and each first in its turn, so that a
+machine that is slow for a minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,17 +88,21 @@ def measure(args: argparse.Namespace) -> dict:
     prompts = rng.integers(0, llm.config.vocab, shape).tolist()
     timed(llm, prompts, args.max_tokens)
     before = compiles.count
-    first, decode, bandwidth = [], [], []
+    bandwidth: list[float] = []
+    ours: list[tuple[float, float]] = []
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(peer) for peer in _peers(args, llm)]
         rounds: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in peers}
-        for _ in range(args.rounds):
-            bandwidth.append(read_bandwidth(llm.plan.platform))
-            one, rest = timed(llm, prompts, args.max_tokens)
-            first.append(one)
-            decode.append(rest)
-            for peer, seconds in rounds.items():
-                seconds.append(peer.round())
+        turns: list[Callable[[], None]] = [
+            lambda: bandwidth.append(read_bandwidth(llm.plan.platform)),
+            lambda: ours.append(timed(llm, prompts, args.max_tokens)),
+            *(functools.partial(_one_round, *of) for of in rounds.items()),
+        ]
+        for n in range(args.rounds):
+            # Everybody begins once: who comes after one that reads much memory finds less of it.
+            for turn in turns[n % len(turns) :] + turns[: n % len(turns)]:
+                turn()
+    first, decode = (list(column) for column in zip(*ours, strict=True))
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
     limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
@@ -125,6 +130,10 @@ def measure(args: argparse.Namespace) -> dict:
             for peer, seconds in rounds.items()
         },
     }
+
+
+def _one_round(peer: Peer, seconds: list[tuple[float, float]]) -> None:
+    seconds.append(peer.round())
 
 
 def timed(llm: "LLM", prompts: list[list[int]], more: int) -> tuple[float, float]:

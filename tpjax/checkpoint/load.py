@@ -15,6 +15,7 @@ import numpy as np
 
 from tpjax.checkpoint import orbax
 from tpjax.checkpoint.orbax import OrbaxFolder, Verify
+from tpjax.checkpoint.room import Empty, Room, aligned
 from tpjax.checkpoint.safetensors import READABLE, SafetensorsFolder, TensorInfo
 from tpjax.checkpoint.tensors import Bounds, Tensor, Tensors
 from tpjax.errors import CheckpointError, UsageError, listing
@@ -60,8 +61,9 @@ def load(
     """
     tensors = check(table, family, source)
     _check_tied_copy(tensors, source)
+    empty = _room(table)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        leaves = tuple(put(spec, source, tensors, pool) for spec in progress(table.specs))
+        leaves = tuple(put(spec, source, tensors, pool, empty) for spec in progress(table.specs))
     source.check_unchanged()
     return leaves
 
@@ -130,45 +132,59 @@ def _check_tied_copy(tensors: Tensors, source: Source) -> None:
             raise differs(source, copy, original)
 
 
-def put(spec: WeightSpec, source: Source, tensors: Tensors, pool: Executor) -> jax.Array:
-    """One weight on its devices. Slices that several devices share are read once."""
-    devices_of: dict[Bounds, list] = {}
+def _room(table: WeightTable) -> Empty:
+    """Where slices are made: on a CPU where they will stay."""
+    if table.plan.platform != "cpu":
+        return aligned
+    return Room([nbytes(spec, part) for spec in table.specs for part in slices(spec)]).empty
+
+
+def slices(spec: WeightSpec) -> dict[Bounds, list[jax.Device]]:
+    """The distinct slices of a weight, and the devices that hold each."""
+    devices_of: dict[Bounds, list[jax.Device]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
         devices_of.setdefault(key, []).append(device)
-    slices = {bounds: _empty(spec, bounds) for bounds in devices_of}
+    return devices_of
+
+
+def nbytes(spec: WeightSpec, bounds: Bounds) -> int:
+    return math.prod(_shape(bounds)) * spec.dtype.itemsize
+
+
+def _shape(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(b - a for a, b in bounds)
+
+
+def put(
+    spec: WeightSpec, source: Source, tensors: Tensors, pool: Executor, empty: Empty = aligned
+) -> jax.Array:
+    """One weight on its devices. Slices that several devices share are read once."""
+    devices_of = slices(spec)
+    parts = {bounds: empty(_shape(bounds), spec.dtype) for bounds in devices_of}
     jobs = [
         job
-        for bounds, out in slices.items()
-        for job in _jobs(spec, source, tensors, bounds, out, len(slices))
+        for bounds, out in parts.items()
+        for job in _jobs(spec, source, tensors, bounds, out, len(parts))
     ]
     list(pool.map(lambda job: _read(source, *job), jobs))
-    arrays = [
-        jax.device_put(part, device)
-        for part, devices in zip(slices.values(), devices_of.values(), strict=True)
-        for device in devices
-    ]
+    return _placed(spec, parts, devices_of)
+
+
+def _placed(spec: WeightSpec, parts: dict[Bounds, np.ndarray], devices_of) -> jax.Array:
+    """The weight made of these slices, once it is there: that bounds what is in flight."""
+    arrays = [jax.device_put(parts[key], d) for key, devices in devices_of.items() for d in devices]
     whole = jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, arrays)
-    return jax.block_until_ready(whole)  # bounds what is in flight to this one weight
+    return jax.block_until_ready(whole)
 
 
 def read_slice(spec: WeightSpec, source: Source, tensors: Tensors, bounds: Bounds) -> np.ndarray:
     """``bounds`` of one weight in its final dtype."""
-    out = _empty(spec, bounds)
+    out = aligned(_shape(bounds), spec.dtype)
     for job in _jobs(spec, source, tensors, bounds, out, _THREADS):
         _read(source, *job)
     return out
-
-
-def _empty(spec: WeightSpec, bounds: Bounds, boundary: int = 64) -> np.ndarray:
-    """An uninitialised slice that begins on a multiple of ``boundary`` bytes, so that a CPU device
-    takes it over as it is: there, nothing but a piece is ever in memory twice."""
-    shape = tuple(b - a for a, b in bounds)
-    size = math.prod(shape) * spec.dtype.itemsize
-    raw = np.empty(size + boundary, np.uint8)
-    start = -raw.ctypes.data % boundary
-    return raw[start : start + size].view(spec.dtype).reshape(shape)
 
 
 def _jobs(
@@ -263,16 +279,21 @@ def random(table: WeightTable, seed: int = 0, progress: Progress = iter) -> tupl
     """Random weights of a plausible scale, for measuring: each matrix repeats one random block, so
     that making a billion of them takes seconds. Not for judging text."""
     block = np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
+    empty = _room(table)
 
     def make(spec: WeightSpec) -> jax.Array:
-        scale = np.float32(1 / math.sqrt(spec.shape[-1]))
-
-        def part(index):
-            shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
-            if len(spec.shape) == 1:
-                return np.ones(shape, spec.dtype)
-            return np.resize((block * scale).astype(spec.dtype), shape)
-
-        return jax.block_until_ready(jax.make_array_from_callback(spec.shape, spec.sharding, part))
+        scaled = (block * np.float32(1 / math.sqrt(spec.shape[-1]))).astype(spec.dtype)
+        devices_of = slices(spec)
+        parts = {bounds: empty(_shape(bounds), spec.dtype) for bounds in devices_of}
+        for part in parts.values():
+            _repeat(scaled if part.ndim > 1 else np.ones(1, spec.dtype), part.reshape(-1))
+        return _placed(spec, parts, devices_of)
 
     return tuple(make(spec) for spec in progress(table.specs))
+
+
+def _repeat(block: np.ndarray, target: np.ndarray) -> None:
+    """Fill ``target`` with the block over and over."""
+    for start in range(0, target.size, block.size):
+        part = target[start : start + block.size]
+        part[...] = block[: part.size]

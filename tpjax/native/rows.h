@@ -244,35 +244,65 @@ void Range(const typename T::Row* x, const typename T::Stored* w, float* y, int6
   for (; o < last; ++o) Outputs<1, T>(x, w + o * in, y + o, rows, in, out);
 }
 
-// Calls `work` with every number below `count`, on up to `threads` threads. Whoever waits for the last
-// call waits only for threads that are at work, never for a task that has not begun; so a task that
-// begins late finds nothing to do, and may find it after this has returned.
-inline void InParallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
-                       const std::function<void(int64_t)>& work) {
-  struct Queue {
-    const std::function<void(int64_t)>* work;
-    int64_t count;
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
+// Numbers below `count` that are still to be worked on, by whoever takes them.
+struct Queue {
+  const std::function<void(int64_t)>* work;
+  int64_t count;
+  std::atomic<int64_t> next{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable finished;
 
-    void Take() {
-      for (int64_t n; (n = next.fetch_add(1)) < count;) {
-        (*work)(n);
-        if (done.fetch_add(1) + 1 == count) {
-          std::lock_guard<std::mutex> lock(mutex);
-          finished.notify_all();
-        }
+  void Take() {
+    for (int64_t n; (n = next.fetch_add(1)) < count;) {
+      (*work)(n);
+      if (done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
       }
     }
-  };
+  }
+};
+
+// The queues of all calls that are running. Devices share the processors, and one may be slower; who
+// is done with its own part would only wait for the others at the next sum, so it helps them.
+struct Board {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<Queue>> queues;
+
+  void Add(const std::shared_ptr<Queue>& queue) {
+    std::lock_guard<std::mutex> lock(mutex);
+    queues.push_back(queue);
+  }
+  void Remove(const std::shared_ptr<Queue>& queue) {
+    std::lock_guard<std::mutex> lock(mutex);
+    queues.erase(std::find(queues.begin(), queues.end(), queue));
+  }
+  std::shared_ptr<Queue> Unfinished() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& queue : queues) {
+      if (queue->next.load() < queue->count) return queue;
+    }
+    return nullptr;
+  }
+};
+
+// Calls `work` with every number below `count`, on up to `threads` threads and those of other calls.
+// Whoever waits for the last call waits only for threads that are at work, never for a task that has
+// not begun; so a task that begins late finds nothing to do, and may find it after this has returned.
+inline void InParallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
+                       const std::function<void(int64_t)>& work) {
+  static Board board;
   auto queue = std::make_shared<Queue>();
   queue->work = &work, queue->count = count;
+  board.Add(queue);
   int64_t helpers = std::min({threads, pool.num_threads(), count}) - 1;
   for (int64_t n = 0; n < helpers; ++n) pool.Schedule([queue] { queue->Take(); });
   queue->Take();
+  while (auto other = board.Unfinished()) other->Take();
   std::unique_lock<std::mutex> lock(queue->mutex);
   queue->finished.wait(lock, [&] { return queue->done.load() == queue->count; });
+  lock.unlock();
+  board.Remove(queue);
 }
 
 }  // namespace
