@@ -35,7 +35,7 @@ def built():
 @needs_it
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 20),
+    rows=st.one_of(st.integers(1, 20), st.integers(30, 42)),
     features=st.one_of(st.integers(1, 100), st.sampled_from([32, 64, 160])),
     outputs=st.integers(1, 150),
     dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -49,6 +49,34 @@ def test_any_shape(rows, features, outputs, dtype, devices):
     want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     assert got.dtype == np.float32
     assert np.abs(got - want).max() <= 1e-5 * max(1.0, np.abs(want).max())
+
+
+@needs_it
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_devices_that_help_each_other_compute_the_same(rows):
+    """Eight devices on these processors: most of them wait, and work for others while they do."""
+    rng = np.random.default_rng(rows)
+    mesh = tpjax.make_mesh(tensor=8)
+    plan = tpjax.Plan(mesh=mesh)
+    for dtype in ("float32", "bfloat16"):
+        x, w = (jnp.asarray(rng.normal(size=(n, 512)), dtype) for n in (rows, 8 * 640))
+        whole = jax.device_put(x, plan.sharding(None, None))
+        split = jax.device_put(w, plan.sharding("mlp", None))
+        with jax.set_mesh(mesh):
+            product = jax.jit(lambda x, w: native_split(plan, x, w)).lower(whole, split).compile()
+        want = np.asarray(native.product(x, w, 1))
+        for _ in range(30):
+            assert (np.asarray(product(whole, split)) == want).all()
+
+
+def native_split(plan, x, w):
+    return jax.shard_map(
+        lambda x, w: native.product(x, w, 8),
+        mesh=plan.mesh,
+        in_specs=(plan.spec(None, None), plan.spec("mlp", None)),
+        out_specs=plan.spec(None, "mlp"),
+        check_vma=False,
+    )(x, w)
 
 
 @needs_it

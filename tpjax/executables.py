@@ -45,6 +45,8 @@ class Executables:
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
         self.built: dict[str, Built] = {}
+        self._whole = [table.plan.sharding(*(None,) * ndim) for ndim in range(3)]
+        self._numbers: dict[int, jax.Array] = {}
         self.one = table.plan.data  # rows of the cache a prompt is prefilled in: one per replica
 
     def for_requests(self, lengths: Sequence[Sequence[int]]) -> list[str]:
@@ -106,8 +108,7 @@ class Executables:
         plan = table.plan
 
         def small(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            sharding = plan.sharding(*(None,) * len(shape))
-            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole[len(shape)])
 
         def cache(rows: int) -> KVCache:
             return KVCache.abstract(table.config, plan, rows, self.buckets.context)
@@ -183,7 +184,13 @@ class Executables:
 
     def upload(self, x: np.ndarray) -> jax.Array:
         """A small host array on every device."""
-        return jax.device_put(x, self.table.plan.sharding(*(None,) * x.ndim))
+        return jax.device_put(x, self._whole[x.ndim])
+
+    def number(self, n: int) -> jax.Array:
+        """An integer on every device; put there once."""
+        if n not in self._numbers:
+            self._numbers[n] = self.upload(np.asarray(n, np.int32))
+        return self._numbers[n]
 
 
 class _Step(NamedTuple):

@@ -1,5 +1,6 @@
 """What requests ask of the sampler, as one int32 array: packed here, unpacked on the device."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,28 +19,35 @@ _NOBODY = SamplingParams(temperature=0.0)
 
 def pack(rows: Sequence[Row | None]) -> np.ndarray:
     """Int32 ``[B, COLUMNS]``: everything one dispatch needs to know, in one upload."""
-    packed = np.zeros((len(rows), COLUMNS), np.int32)
-    packed[:, len(WORDS) :] = -1
+    packed = np.empty((len(rows), COLUMNS), np.int32)
     for out, row in zip(packed, rows, strict=True):
-        p = row.params if row else _NOBODY
-        reals = {
-            "temperature": p.temperature if p.temperature >= GREEDY_BELOW else 0.0,
-            "top_p": p.top_p,
-            "min_p": p.min_p,
-        }
-        for word, value in reals.items():
-            out[_COLUMN[word]] = np.float32(value).view(np.int32)
-        out[_COLUMN["logprobs"]] = -1 if p.logprobs is None else p.logprobs
-        out[_COLUMN["top_k"]] = min(max(p.top_k, 0), 2**30)
         if row is None:
-            continue
-        for word in ("token", "position", "remaining"):
-            out[_COLUMN[word]] = getattr(row, word)
-        seed = np.array([row.seed >> 32, row.seed & 0xFFFFFFFF], np.uint32)
-        out[_COLUMN["seed_high"] : _COLUMN["seed_low"] + 1] = seed.view(np.int32)
-        stop = row.stop_ids[:DEVICE_STOP_IDS]
-        out[len(WORDS) : len(WORDS) + len(stop)] = stop
+            out[:] = _asked(_NOBODY, 0, ())
+        else:
+            out[:] = _asked(row.params, row.seed, row.stop_ids)
+            out[:3] = row.token, row.position, row.remaining
     return packed
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked(params: SamplingParams, seed: int, stop_ids: tuple[int, ...]) -> np.ndarray:
+    """A row of what stays the same for all of a request: the rest is zero."""
+    out = np.zeros(COLUMNS, np.int32)
+    out[len(WORDS) :] = -1
+    reals = {
+        "temperature": params.temperature if params.temperature >= GREEDY_BELOW else 0.0,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+    }
+    for word, value in reals.items():
+        out[_COLUMN[word]] = np.float32(value).view(np.int32)
+    out[_COLUMN["logprobs"]] = -1 if params.logprobs is None else params.logprobs
+    out[_COLUMN["top_k"]] = min(max(params.top_k, 0), 2**30)
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    out[_COLUMN["seed_high"] : _COLUMN["seed_low"] + 1] = words.view(np.int32)
+    stop = stop_ids[:DEVICE_STOP_IDS]
+    out[len(WORDS) : len(WORDS) + len(stop)] = stop
+    return out
 
 
 def unpack(packed_BC: jax.Array) -> Rows:

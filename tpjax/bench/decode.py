@@ -155,13 +155,14 @@ def timed(llm: "LLM", prompts: list[list[int]], more: int) -> tuple[float, float
 
 
 def host_ms(llm: "LLM", prompt: list[int]) -> dict:
-    """Milliseconds a token in which no executable was running or asked to: of one sequence whose
-    tokens are fetched one by one (``each``), and of one whose tokens a dispatch makes (``many``)."""
+    """Milliseconds that one more token takes in which no executable was running or asked to: of one
+    sequence whose tokens are fetched one by one (``each``), and of one whose tokens are made by one
+    dispatch (``many``)."""
     import jax
 
     from tpjax.params import SamplingParams
 
-    def outside(run) -> float:
+    def outside(tokens: int, each: bool) -> float:
         inside, built = 0.0, dict(llm.executables.built)
 
         def timing(executable):
@@ -176,22 +177,25 @@ def host_ms(llm: "LLM", prompt: list[int]) -> dict:
 
         for name, one in built.items():
             llm.executables.built[name] = replace(one, run=timing(one.run))
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         try:
             start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start - inside) * 1e3 / HOST_TOKENS
+            for _ in llm._engine.run(llm._requests([prompt], params), tokens=1 if each else None):
+                pass
+            return time.perf_counter() - start - inside
         finally:
             llm.executables.built.update(built)
 
-    room = min(HOST_TOKENS, llm.max_model_len - len(prompt))
-    params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
-    runs = {
-        "each": lambda: list(llm._engine.run(llm._requests([prompt], params), tokens=1)),
-        "many": lambda: llm.generate([prompt], params),
-    }
+    few, many = 2, min(HOST_TOKENS, llm.max_model_len - len(prompt))
+    if many <= few:
+        return {}
     return {
-        name: round(statistics.median(outside(run) for _ in range(5)), 4)
-        for name, run in runs.items()
+        name: round(
+            statistics.median(outside(many, each) - outside(few, each) for _ in range(5))
+            * (1e3 / (many - few)),
+            4,
+        )
+        for name, each in (("each", True), ("many", False))
     }
 
 

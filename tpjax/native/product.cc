@@ -1,7 +1,7 @@
 // Products with a matrix stored [out, in], for XLA on a CPU: y[R,O] = x[R,I] w[O,I]^T in float32, of
 // bfloat16 or float32 operands.
 //
-// A few rows are as fast as the matrix is read (rows.h). For more, where the processor multiplies
+// A few rows are as fast as the matrix is read (rows.h). For many, where the processor multiplies
 // bfloat16 itself, a panel of outputs is brought into an order in which a pair of x meets sixteen
 // outputs, once, and eight rows of sums at a time stay in registers.
 
@@ -17,6 +17,7 @@ constexpr int64_t kChunk = 64;  // outputs one thread takes at a time
 constexpr int kPanel = 3;       // vectors of outputs
 constexpr int64_t kPairs = 16;  // of inputs, that are one vector
 constexpr int64_t kPairsAhead = 64;
+constexpr int64_t kFew = 32;  // rows for which bringing a panel into order takes longer than it saves
 
 // Sixteen rows of sixteen words: columns become rows.
 inline void Transpose(Words* x) {
@@ -107,7 +108,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
   };
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BF16>) {
-    if (rows > kMostRows) {
+    if (rows > kFew) {
       auto* all = static_cast<const Stored*>(x.untyped_data());
       in_chunks(16 * kPanel, [&](int64_t first, int64_t last) {
         Many(all, matrix, y, rows, in, out, first, last);
