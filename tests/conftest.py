@@ -6,7 +6,7 @@ import tempfile
 
 os.environ["TPJAX_KEPT"] = "0"  # tests change the code; what is kept knows only the files
 
-import jax  # noqa: E402
+import jax
 import jax.numpy as jnp
 import pytest
 

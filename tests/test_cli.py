@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 def run(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
     """A fresh process of examples/generate.py or of the command."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "TPJAX_KEPT")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "TPJAX_KEPT")
+    }
     done = subprocess.run(
         [sys.executable, *words],
         capture_output=True,
@@ -60,8 +62,8 @@ def test_it_starts_quietly_although_the_cuda_plugin_is_installed(default_run):
 
 def test_the_second_start_compiles_nothing(default_run):
     first, second = default_run
-    assert first.stderr.count("cached next time") == 3 and "from the cache" not in first.stderr
-    assert second.stderr.count("from the cache") == 3 and "cached next time" not in second.stderr
+    assert first.stderr.count("cached next time") == 4 and "from the cache" not in first.stderr
+    assert second.stderr.count("from the cache") == 4 and "cached next time" not in second.stderr
 
 
 @pytest.mark.parametrize(
@@ -239,6 +241,86 @@ def test_peers_that_cannot_be(capsys):
         assert given == code and said in err and err.count("\n") == 1
 
 
+def test_bench_prefill_measures_prompts_alone(capsys, tmp_path):
+    file = tmp_path / "BENCHMARKS.md"
+    words = ["bench", "prefill", "-tp", "2", "--prompt-length", "40", "--record", str(file)]
+    code, out, _ = main(capsys, *words, "--json", "--quiet")
+    result = json.loads(out)
+    assert code == 0 and result["prefill_tok_s"] > 0 and "decode_tok_s" not in result
+    low, high = result["prefill_tok_s_spread"]
+    assert low <= result["prefill_tok_s"] <= high
+    assert main(capsys, *words, "--json", "--quiet")[0] == 0
+    rows = [line for line in file.read_text().splitlines() if line.startswith("| 20")]
+    assert len(rows) == 2 and all(" | - | - | " in row for row in rows)
+    assert record.BESIDE not in file.read_text()
+
+
+def test_rows_go_to_the_ends_of_their_tables(tmp_path):
+    file = tmp_path / "B.md"
+    origin = dict(date="2026-01-02", commit="abc", versions="v", command="tpjax bench")
+    peer = dict(about="x 1", prefill_tok_s=5, prefill_ratio=[1, 2, 3])
+    result = origin | dict(
+        model="m/config.json",
+        dtype="bfloat16",
+        mesh=dict(data=1, tensor=2),
+        batch=1,
+        prompt_length=8,
+        load_s=None,
+        compile_s=1.0,
+        prefill_tok_s=10,
+        prefill_tok_s_spread=[9, 11],
+        read_bandwidth=4e9,
+        peers=dict(hf=peer),
+    )
+    record.append(file, result)
+    file.write_text(file.read_text() + "\nWords at the end.\n")
+    record.append(file, result)
+    lines = file.read_text().splitlines()
+    assert lines[-1] == "Words at the end."
+    assert [line[:4] for line in lines if line.startswith(("| 20", "## "))] == [
+        *("## R", "| 20", "| 20"),
+        *("## R", "| 20", "| 20"),
+    ]
+    assert "| prefill | 10 (9 to 11) | hf (x 1) | 5 | 2 (1 to 3) | 4.0 |" in file.read_text()
+
+
+@pytest.mark.slow
+def test_bench_start_and_load(capsys):
+    code, out, _ = main(capsys, "bench", "start", "-tp", "1", "--json", "--quiet")
+    assert code == 0
+    result = json.loads(out)
+    low, high = result["start_s_spread"]
+    assert low <= result["start_s"] <= high < result["first_start_s"]
+    assert result["weights_bytes"] < result["peak_bytes"]
+    code, out, _ = main(capsys, "bench", "load", "-tp", "2", "--json", "--quiet")
+    assert code == 0
+    result = json.loads(out)
+    assert result["tensor"] == 2 and result["load_s"] > 0 and result["read_GB_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (("start", "--rounds", "4"), 2, "a median needs at least 5"),
+        (("start", "--compare", "llama.cpp"), 2, "--compare llama.cpp: known are hf"),
+        (("load", "--dtype", "int8"), 2, "dtype='int8'"),
+        (("load", "--model", "/no/such"), 3, "no such folder"),
+        (("prefill", "--prompt-length", "0"), 2, "--prompt-length 0: must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured(capsys, words, code, said):
+    given, out, err = main(capsys, "bench", *words, "--quiet")
+    assert given == code and said in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_start_that_makes_no_token_is_told(capsys, folder):
+    """This folder has no tokenizer, so there is no text to wait for."""
+    words = ("bench", "start", "--model", str(folder), "-tp", "1", "--quiet")
+    code, _, err = main(capsys, *words)
+    assert code == 5 and "ended without a token; it said: tpjax: error:" in err
+    assert err.count("\n") == 1
+
+
 def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     file = tmp_path / "BENCHMARKS.md"
     file.write_text("# Benchmarks\n\nWords.\n")
@@ -273,4 +355,8 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     assert result["bytes_per_token"] == 4 * result["parameters"] + 2 * 4 * 11 * 256 // 2 + cache
     text = file.read_text()
     assert text.startswith("# Benchmarks\n\nWords.\n") and record.HEADING in text
-    assert text.splitlines()[-1].count("|") == record.COLUMNS.count("|") + 2
+    lines = text.splitlines()
+    assert lines[-1].count("|") == record.BESIDE_COLUMNS.count("|") + 2 and "| decode |" in lines[-1]
+    row = lines[lines.index(record.HEADING) + 4]
+    assert row.count("|") == record.COLUMNS.count("|") + 2
+    assert 0 <= result["host_ms"]["many"] <= result["host_ms"]["each"] + 1

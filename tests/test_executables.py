@@ -80,6 +80,40 @@ def test_stop_ids_and_counts_end_a_row_on_the_device(llm):
     assert run((), 32, 4) == free[:4] + [-1] * 28
 
 
+def test_a_device_knows_what_it_is_asked_next(llm):
+    """As the host would say it once it had seen the tokens: some rows go on, one has drawn a stop
+    id, one has made all its tokens, one was empty."""
+    exe = llm.executables
+    params = SamplingParams(temperature=1.0)
+
+    def dispatch(rows: list[Row | None], wanted: int):
+        packed = exe.upload(sampling.pack(rows))
+        _, drawn = exe["decode[b3]"](llm.weights, exe["zeros[b3]"](), packed, exe.number(wanted))
+        return np.asarray(drawn.token_B), np.asarray(exe["advance[b3]"](packed, drawn.token_B))
+
+    for wanted in (1, 5):
+        free, _ = dispatch([Row(5, 3, 20, 7, params, ())] * 3, wanted)
+        stop = (int(free[wanted - 1, 0]),)
+        rows = [
+            Row(5, 3, 20, 7, params, ()),
+            Row(5, 3, 20, 7, params, stop),
+            Row(9, 6, wanted, 8, params, (1, 2)),
+        ]
+        for order in (rows, [None, *rows[:2]], [rows[2], None, None]):
+            made, asked = dispatch(order, wanted)
+            want = sampling.pack(order)
+            for n, row in enumerate(order):
+                if row is None:
+                    assert (asked[n] == want[n]).all()
+                    continue
+                tokens = made[:, n][made[:, n] >= 0]
+                ended = tokens[-1] in row.stop_ids
+                want[n, :3] = tokens[-1], row.position + len(tokens), row.remaining - len(tokens)
+                want[n, 2] *= not ended
+                assert (asked[n] == want[n]).all()
+        assert (made == -1).sum() > 0
+
+
 def test_bytes_of_a_decode_step_count_the_experts_chosen():
     """Of 8 experts one sequence reads 2, four sequences 8 (1 - (3/4)^4) on average."""
     sizes = dict(vocab=16, embed=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp=8)

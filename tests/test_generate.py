@@ -1,6 +1,7 @@
 """Whole requests: the same tokens on every mesh and in any company, stop conditions, streaming, and
 no compile after warm-up."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -129,6 +130,34 @@ def test_one_token_per_dispatch_or_many(llm):
         pieces = list(llm.stream("JULIET:\nO", params))
         assert "".join(pieces) == whole.text and len(pieces) > 10
         assert whole.text == llm.tokenizer.decode(whole.token_ids, skip_special_tokens=True)
+
+
+def test_read_one_by_one_in_any_company(llm):
+    """More prompts than rows, of other lengths and kinds, some ended by a stop string that only the
+    host knows: the next dispatch is on its way when it is found."""
+    prompts, params = prompts_and_params(20, llm.config.vocab, seed=5)
+    stops = [
+        dataclasses.replace(p, stop=("e",) if i % 3 == 0 else ()) for i, p in enumerate(params)
+    ]
+    want = tokens(llm.generate(prompts, stops))
+    requests = llm._requests(prompts, stops)
+    for _ in llm._engine.run(requests, tokens=1):
+        pass
+    assert [r.output().outputs[0].token_ids for r in requests] == want
+
+
+def test_devices_do_not_wait_until_the_host_has_read(llm, monkeypatch):
+    events, engine = [], llm._engine
+    dispatch, read = engine._dispatch, engine._read
+    monkeypatch.setattr(
+        engine, "_dispatch", lambda *a, **more: [events.append("dispatch"), dispatch(*a, **more)][1]
+    )
+    monkeypatch.setattr(engine, "_read", lambda landed: [events.append("read"), read(landed)][1])
+    list(llm.stream("ROMEO:\n", SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)))
+    assert events == ["dispatch", *["dispatch", "read"] * 5]
+    events.clear()
+    llm.generate("ROMEO:\n", SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    assert events == ["dispatch", "read"]
 
 
 def test_every_end_of_sequence_id_is_honoured(tiny_model, quiet):

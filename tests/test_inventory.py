@@ -6,12 +6,12 @@ import pytest
 
 from tests.published import CONFIGS, LITERAL, published, resolved
 from tpjax.cache import KVCache
+from tpjax.facts import facts, from_facts
 from tpjax.inventory import weights
 from tpjax.parallel.layout import Layout
 from tpjax.parallel.mesh import make_mesh
 from tpjax.parallel.rules import sharding_word
 from tpjax.plan import Plan
-from tpjax.facts import facts, from_facts
 from tpjax.planner.models import find, table
 from tpjax.weights import WeightTable
 
@@ -34,8 +34,8 @@ def plan_of(config, sizes):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_weights(name, sizes):
-    """Paths, dimensions and order, which tracing compares; shardings and bytes. Of two layers, one of
-    each kind."""
+    """Paths, dimensions and order, which tracing compares; shardings and bytes. Of two layers, one
+    of each kind."""
     config = published(name, 2)
     if "expert" in sizes and config.moe is None or np.prod(list(sizes.values())) > config.heads:
         return

@@ -120,10 +120,17 @@ def test_where_nothing_can_be_kept(tmp_path):
     assert kept.read(None, "config", 1) is None
 
 
+def test_on_accelerators_only_who_asks_for_it(keeping, monkeypatch):
+    assert env.kept_executables_dir("cpu") is not None
+    assert env.kept_executables_dir("gpu") is not None  # TPJAX_KEPT=1
+    monkeypatch.delenv("TPJAX_KEPT")
+    assert env.kept_executables_dir("gpu") is None and env.kept_executables_dir("cpu") is not None
+
+
 def test_what_comes_from_jax_s_own_cache_is_not_kept(keeping, monkeypatch, tmp_path, quiet):
     """On a CPU such an executable is written without its functions: the next start would fail."""
     folder = tmp_path / "jax" / "tpjax"
-    monkeypatch.setattr(env, "kept_executables_dir", lambda: folder)
+    monkeypatch.setattr(env, "kept_executables_dir", lambda platform: folder)
 
     def built() -> tpjax.LLM:
         llm = tpjax.LLM(bundled(), 2, max_model_len=40, max_num_seqs=1, **quiet)

@@ -10,7 +10,8 @@ jax's compilation cache in the user's cache directory, on accelerators, whatever
     It also keeps what was autotuned. Not on a CPU: an executable that comes from there cannot be
     written again, and our own are traced no more either (`tpjax.kept`).
 TPJAX_KEPT is only read: 0 keeps no configs, tokenizers and executables of ours, and uses none
-    Where jax's cache is turned off or elsewhere, so are our executables.
+    Where jax's cache is turned off or elsewhere, so are our executables. 1 keeps them on
+    accelerators too, which nobody has tried yet: there jax's cache answers, after tracing.
 XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
 TPJAX_NATIVE is only read: 0 turns our own CPU kernel off
@@ -104,7 +105,7 @@ def caches_executables() -> bool:
     import jax
 
     config: Any = jax.config
-    folder = kept_executables_dir()
+    folder = kept_executables_dir(jax.default_backend())
     there = folder is not None and _can_be_written(folder)
     return there or bool(config.jax_compilation_cache_dir) and config.jax_enable_compilation_cache
 
@@ -168,13 +169,15 @@ def kept_dir() -> Path | None:
     return None if os.environ.get("TPJAX_KEPT") == "0" else cache_dir() / "kept"
 
 
-def kept_executables_dir() -> Path | None:
+def kept_executables_dir(platform: str) -> Path | None:
     """Where our executables are kept; None where they are not, or jax's cache is on no disk."""
     import jax
 
     config: Any = jax.config
     theirs = config.jax_compilation_cache_dir
     if kept_dir() is None or not config.jax_enable_compilation_cache or "://" in (theirs or ""):
+        return None
+    if platform != "cpu" and os.environ.get("TPJAX_KEPT") != "1":
         return None
     return Path(theirs) / "tpjax" if theirs else kept_dir()
 

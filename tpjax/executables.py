@@ -5,7 +5,6 @@ The set is finite and known from `Buckets` before the first request.
 
 import functools
 import importlib.metadata
-import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def silent(name: str, number: int, total: int) -> Callable[[Built], None]:
 
 class Executables:
     """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
-    ``decode[b4]``, ``score[t128]``, ``states[t128]``."""
+    ``decode[b4]``, ``advance[b4]``, ``score[t128]``, ``states[t128]``."""
 
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
@@ -67,10 +66,10 @@ class Executables:
         batch = self.buckets.batch_for(sequences)
         zeros = [f"zeros[b{self.one}]"]
         if batch == 1:
-            return [*zeros, "decode[b1]"]
+            return [*zeros, "decode[b1]", "advance[b1]"]
         if batch != self.one:
             zeros.append(f"zeros[b{batch}]")
-        return [*zeros, f"insert[b{batch}]", f"decode[b{batch}]"]
+        return [*zeros, *(f"{kind}[b{batch}]" for kind in ("insert", "decode", "advance"))]
 
     def build(self, names: Iterable[str]) -> None:
         """Build what is not built yet, telling ``on_build`` before and after each."""
@@ -135,6 +134,11 @@ class Executables:
                 fn = functools.partial(step.decode_many, table, DISPATCH)
                 held = cache(rows_or_tokens)
                 return _Step(fn, (weights, held, packed, small(())), 1, (held, _DRAWN))
+            case "advance":
+                packed = small((rows_or_tokens, sampling.COLUMNS))
+                return _Step(
+                    step.advance, (packed, small((DISPATCH, rows_or_tokens))), None, packed
+                )
             case "score" | "states":
                 args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
                 fn = functools.partial(getattr(step, kind), table)
@@ -143,7 +147,7 @@ class Executables:
 
     def _kept(self, name: str) -> jax.stages.Compiled | None:
         """The executable as an earlier start has kept it, if one has."""
-        if (folder := env.kept_executables_dir()) is None:
+        if (folder := env.kept_executables_dir(self.table.plan.platform)) is None:
             return None
         if (content := kept.read(folder, "step", self._about(name))) is None:
             return None
@@ -158,11 +162,11 @@ class Executables:
             return deserialize_and_load(
                 content, *trees, backend=devices[0].client, execution_devices=tuple(devices)
             )
-        except (ValueError, RuntimeError, pickle.UnpicklingError):  # made anew, and kept instead
+        except Exception:  # whatever is wrong with it: it is made anew, and kept instead
             return None
 
     def _keep(self, name: str, compiled: jax.stages.Compiled) -> None:
-        if (folder := env.kept_executables_dir()) is None:
+        if (folder := env.kept_executables_dir(self.table.plan.platform)) is None:
             return
         from jax.experimental.serialize_executable import serialize
 

@@ -25,7 +25,7 @@ def pack(rows: Sequence[Row | None]) -> np.ndarray:
             out[:] = _asked(_NOBODY, 0, ())
         else:
             out[:] = _asked(row.params, row.seed, row.stop_ids)
-            out[:3] = row.token, row.position, row.remaining
+            out[:3] = row.token, row.position, row.remaining  # WORDS begin with them
     return packed
 
 
@@ -72,3 +72,11 @@ def unpack(packed_BC: jax.Array) -> Rows:
         logprobs_B=whole("logprobs"),
         stop_BE=packed_BC[:, len(WORDS) :],
     )
+
+
+def repack(
+    packed_BC: jax.Array, token_B: jax.Array, position_B: jax.Array, remaining_B: jax.Array
+) -> jax.Array:
+    """The same, with these three columns, while tracing."""
+    first = jnp.stack([token_B, position_B, remaining_B], axis=-1)
+    return jnp.concatenate([first, packed_BC[:, 3:]], axis=-1)

@@ -5,15 +5,18 @@ Prefill is the time until every sequence has its first token, decode what follow
 median over rounds, with its spread. Nothing compiles while it is measured. ``ms_per_token`` and
 ``bytes_per_token`` are those of one step, which makes a token for every sequence of the batch;
 ``load_s`` is null where weights are random; the disk cache of executables is off. ``--compare``
-measures other systems in the same rounds, one after the other and each first in its turn, so that a
-machine that is slow for a minute is slow for all. ``--sweep`` measures single steps instead (`sweep`).
+measures other systems in the same rounds, one after the other and each first in its turn, so that
+a machine that is slow for a minute is slow for all. ``--sweep`` measures single steps instead
+(`sweep`).
 """
 
 import argparse
 import contextlib
 import functools
 import json
+import queue
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -155,48 +158,63 @@ def timed(llm: "LLM", prompts: list[list[int]], more: int) -> tuple[float, float
 
 
 def host_ms(llm: "LLM", prompt: list[int]) -> dict:
-    """Milliseconds that one more token takes in which no executable was running or asked to: of one
-    sequence whose tokens are fetched one by one (``each``), and of one whose tokens are made by one
-    dispatch (``many``)."""
-    import jax
-
+    """Milliseconds a token between the end of one decode and the call of the next, of one sequence
+    whose tokens are read one by one (``each``), and of one whose tokens one dispatch makes
+    (``many``). A thread that waits for results tells when they were there."""
     from tpjax.params import SamplingParams
 
-    def outside(tokens: int, each: bool) -> float:
-        inside, built = 0.0, dict(llm.executables.built)
+    most = min(HOST_TOKENS, llm.max_model_len - len(prompt))
+    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+    found = {}
+    for name, tokens in (("each", 1), ("many", None)):
+        idle = []
+        for _ in range(5):
+            with Watched(llm) as watched:
+                for _ in llm._engine.run(llm._requests([prompt], params), tokens=tokens):
+                    pass
+            idle.append(watched.idle() / most)
+        found[name] = round(statistics.median(idle) * 1e3, 4)
+    return found
 
-        def timing(executable):
-            def call(*args):
-                nonlocal inside
-                start = time.perf_counter()
-                result = jax.block_until_ready(executable(*args))
-                inside += time.perf_counter() - start
-                return result
 
-            return call
+class Watched:
+    """When decode was called and when its tokens were there, in seconds."""
 
-        for name, one in built.items():
-            llm.executables.built[name] = replace(one, run=timing(one.run))
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        try:
-            start = time.perf_counter()
-            for _ in llm._engine.run(llm._requests([prompt], params), tokens=1 if each else None):
-                pass
-            return time.perf_counter() - start - inside
-        finally:
-            llm.executables.built.update(built)
+    def __init__(self, llm: "LLM"):
+        self.built, self.calls, self.ends = llm.executables.built, [], []
+        self._kept = dict(self.built)
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
 
-    few, many = 2, min(HOST_TOKENS, llm.max_model_len - len(prompt))
-    if many <= few:
-        return {}
-    return {
-        name: round(
-            statistics.median(outside(many, each) - outside(few, each) for _ in range(5))
-            * (1e3 / (many - few)),
-            4,
-        )
-        for name, each in (("each", True), ("many", False))
-    }
+    def __enter__(self) -> "Watched":
+        for name, one in self._kept.items():
+            if name.startswith("decode"):
+                self.built[name] = replace(one, run=functools.partial(self._call, one.run))
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.built.update(self._kept)
+        self._results.put(None)
+        self._thread.join()
+
+    def _call(self, run: Callable, *args):
+        self.calls.append(time.perf_counter())
+        result = run(*args)
+        self._results.put(result[1])
+        return result
+
+    def _wait(self) -> None:
+        import jax
+
+        while (drawn := self._results.get()) is not None:
+            jax.block_until_ready(drawn)
+            self.ends.append(time.perf_counter())
+
+    def idle(self) -> float:
+        """Seconds in which nothing had been called for that was not there."""
+        pairs = zip(self.ends, self.calls[1:], strict=False)
+        return sum(max(0.0, call - end) for end, call in pairs)
 
 
 def _decoded(

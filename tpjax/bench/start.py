@@ -1,5 +1,5 @@
-"""`tpjax bench start`: a process of its own from its beginning to its first token; and `bench load`:
-weights onto devices, and the memory it takes.
+"""`tpjax bench start`: a process of its own from its beginning to its first token; and `bench
+load`: weights onto devices, and the memory it takes.
 
 Every round starts everything once, in turn. The first start of all has an empty cache, the others
 what it left there. Files are in the page cache, as they are read once before.

@@ -136,7 +136,10 @@ def _room(table: WeightTable) -> Empty:
     """Where slices are made: on a CPU where they will stay."""
     if table.plan.platform != "cpu":
         return aligned
-    return Room([nbytes(spec, part) for spec in table.specs for part in slices(spec)]).empty
+    try:
+        return Room([nbytes(spec, part) for spec in table.specs for part in slices(spec)]).empty
+    except OSError:  # not so much at once
+        return aligned
 
 
 def slices(spec: WeightSpec) -> dict[Bounds, list[jax.Device]]:

@@ -1,5 +1,5 @@
-"""Where a CPU's weights lie: side by side in one piece of memory, on huge pages where the system has
-them. On pages of four kilobytes a decode step reads a quarter less in the same time (BENCHMARKS.md).
+"""Where a CPU's weights lie: side by side in one piece of memory, on huge pages where the system
+has them. On pages of four kilobytes less is read in the same time (BENCHMARKS.md).
 """
 
 import contextlib
@@ -24,8 +24,8 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class Room:
-    """Memory for arrays that stay, given out from its beginning to its end. It is the system's again
-    once none of them is left."""
+    """Memory for arrays that stay, given out from its beginning to its end. It is the system's
+    again once none of them is left."""
 
     def __init__(self, sizes: Sequence[int]):
         """``sizes``: bytes of each array that will be asked for."""

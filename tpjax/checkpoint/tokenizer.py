@@ -40,8 +40,9 @@ class KeptTokenizer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        whole = self.__dict__.get("_whole") or self.__dict__.setdefault("_whole", _whole(self._path))
-        return getattr(whole, name)
+        if "_whole" not in self.__dict__:
+            self.__dict__["_whole"] = _whole(self._path)
+        return getattr(self.__dict__["_whole"], name)
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
@@ -85,8 +86,7 @@ def _whole(path: Path) -> Any:
         )
     except Exception as error:
         raise CheckpointError(
-            f"{path}: the tokenizer cannot be loaded ({one_line(error)});"
-            " download its files again"
+            f"{path}: the tokenizer cannot be loaded ({one_line(error)}); download its files again"
         ) from error
 
 

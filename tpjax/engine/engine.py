@@ -7,7 +7,8 @@ prefill never depends on the others; in decode, rows share a matrix product and 
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,15 @@ LOOK_AHEAD = 32  # waiting requests per replica that may be taken out of turn
 WAITED_FOR = 8  # tokens per dispatch while a queue, or a stop string, waits for the result
 
 
+@dataclass(frozen=True)
+class Dispatch:
+    """Tokens that a device is making or has made: of whom, and from what."""
+
+    slots: list[Request | None]
+    packed: Any
+    drawn: Drawn
+
+
 class Engine:
     """Runs requests to their end on built executables. Reading results is the only wait."""
 
@@ -32,7 +42,8 @@ class Engine:
 
     def run(self, requests: Sequence[Request], *, tokens: int | None = None) -> Iterator[Request]:
         """Run all requests, yielding each one whenever it has new tokens. ``tokens``: how many per
-        dispatch; None is as many as nobody waits for."""
+        dispatch; None is as many as nobody waits for. With ``tokens`` the next dispatch is on its
+        way before the tokens of one are read, so that devices never wait for the host."""
         for request in requests:
             request.start()
         waiting = deque(requests)
@@ -40,6 +51,8 @@ class Engine:
         slots: list[Request | None] = [None] * batch
         cache = self.exe[f"zeros[b{batch}]"]()
         one = cache if batch == 1 else self.exe[f"zeros[b{self.data}]"]()
+        flying: Dispatch | None = None
+        refilled = False  # since then
         while waiting or any(slots):
             while waiting and None in slots:
                 group = self._next_group(waiting, slots)
@@ -52,14 +65,21 @@ class Engine:
                     self._accept(request, drawn, replica)
                     slots[slot] = self._going_on(request, waiting)
                     yield request
+                refilled = True
             live = [r for r in slots if r]
             if live:
                 wanted = tokens or self._tokens_per_dispatch(live, bool(waiting))
-                cache, drawn = self._decode(cache, slots, wanted)
+                if flying is None:
+                    cache, flying = self._dispatch(cache, list(slots), wanted)
+                    refilled = False
+                landed, flying = flying, None
+                if tokens and not (waiting or refilled):
+                    cache, flying = self._dispatch(cache, landed.slots, wanted, after=landed)
                 if batch == 1:
                     one = cache
-                for slot, request in enumerate(slots):
-                    if request:
+                drawn = self._read(landed)
+                for slot, request in enumerate(landed.slots):
+                    if request and request is slots[slot]:
                         self._accept(request, drawn, slot)
                         slots[slot] = self._going_on(request, waiting)
                         yield request
@@ -127,18 +147,27 @@ class Engine:
             slot[replica] = row - replica * per_replica
         return self.exe[f"insert[b{batch}]"](cache, one, self.exe.upload(slot))
 
-    def _decode(self, cache, slots: list, wanted: int):
-        packed = sampling.pack([r.row() if r else None for r in slots])
+    def _dispatch(self, cache, slots: list, wanted: int, after: Dispatch | None = None):
+        """Have the devices make tokens, after those of another dispatch that may still be running;
+        returns the cache and what will be there."""
+        batch = len(slots)
+        if after is None:
+            packed = self.exe.upload(sampling.pack([r.row() if r else None for r in slots]))
+        else:
+            packed = self.exe[f"advance[b{batch}]"](after.packed, after.drawn.token_B)
         limit = self.exe.number(min(wanted, DISPATCH))
-        step = self.exe[f"decode[b{len(slots)}]"]
-        cache, drawn = step(self.weights, cache, self.exe.upload(packed), limit)
-        asked = any(r is not None and r.params.logprobs is not None for r in slots)
-        if asked:
-            return cache, jax.device_get(drawn)
+        cache, drawn = self.exe[f"decode[b{batch}]"](self.weights, cache, packed, limit)
+        return cache, Dispatch(slots, packed, drawn)
+
+    def _read(self, landed: Dispatch) -> Drawn:
+        """What was drawn, on the host; logprobs only if somebody has asked for them."""
+        drawn = landed.drawn
+        if any(r is not None and r.params.logprobs is not None for r in landed.slots):
+            return jax.device_get(drawn)
         token_B = drawn.token_B
         if token_B.is_fully_replicated:  # one device's copy is read in half the time
             token_B = token_B.addressable_data(0)
-        return cache, replace(drawn, token_B=np.asarray(token_B))
+        return replace(drawn, token_B=np.asarray(token_B))
 
     def _accept(self, request: Request, drawn: Drawn, row: int) -> None:
         """Give a request the tokens of its row, in order, until it finishes."""
