@@ -316,6 +316,7 @@ def test_what_cannot_be_measured(capsys, words, code, said):
 def test_a_start_that_makes_no_token_is_told(capsys, folder):
     """This folder has no tokenizer, so there is no text to wait for."""
     words = ("bench", "start", "--model", str(folder), "-tp", "1", "--quiet")
+    capsys.readouterr()
     code, _, err = main(capsys, *words)
     assert code == 5 and "ended without a token; it said: tpjax: error:" in err
     assert err.count("\n") == 1
@@ -356,7 +357,8 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     text = file.read_text()
     assert text.startswith("# Benchmarks\n\nWords.\n") and record.HEADING in text
     lines = text.splitlines()
-    assert lines[-1].count("|") == record.BESIDE_COLUMNS.count("|") + 2 and "| decode |" in lines[-1]
+    assert lines[-1].count("|") == record.BESIDE_COLUMNS.count("|") + 2
+    assert "| decode |" in lines[-1]
     row = lines[lines.index(record.HEADING) + 4]
     assert row.count("|") == record.COLUMNS.count("|") + 2
     assert 0 <= result["host_ms"]["many"] <= result["host_ms"]["each"] + 1

@@ -206,7 +206,8 @@ class _Step(NamedTuple):
     result: Any
 
 
-_DRAWN = Drawn(*(jax.ShapeDtypeStruct((), jnp.int32),) * 4)
+_LEAF: Any = jax.ShapeDtypeStruct((), jnp.int32)
+_DRAWN = Drawn(_LEAF, _LEAF, _LEAF, _LEAF)
 
 
 @functools.cache

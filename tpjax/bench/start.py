@@ -110,9 +110,10 @@ def started(command: Sequence[str], environment: dict[str, str]) -> Started:
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=told, env=environment
         )
         assert process.stdout is not None
-        word = process.stdout.read(1)
-        seconds = time.perf_counter() - start
-        process.stdout.read()
+        with process.stdout as said_by_it:
+            word = said_by_it.read(1)
+            seconds = time.perf_counter() - start
+            said_by_it.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode or not word:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -142,9 +142,9 @@ def _room(table: WeightTable) -> Empty:
         return aligned
 
 
-def slices(spec: WeightSpec) -> dict[Bounds, list[jax.Device]]:
+def slices(spec: WeightSpec) -> dict[Bounds, list[Any]]:
     """The distinct slices of a weight, and the devices that hold each."""
-    devices_of: dict[Bounds, list[jax.Device]] = {}
+    devices_of: dict[Bounds, list[Any]] = {}
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))

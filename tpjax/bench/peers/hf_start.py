@@ -1,6 +1,7 @@
 """transformers from a process's start to its first token: a peer of `tpjax bench start`."""
 
 import argparse
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +15,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     ids = tokenizer(args.prompt, return_tensors="pt")
     made = model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
     print(repr(tokenizer.decode(made[0, -1:])), flush=True)
