@@ -291,7 +291,7 @@ def test_bench_start_and_load(capsys):
     result = json.loads(out)
     low, high = result["start_s_spread"]
     assert low <= result["start_s"] <= high < result["first_start_s"]
-    assert result["weights_bytes"] < result["peak_bytes"]
+    assert result["files_bytes"] < result["peak_bytes"] and result["dtype"] == "float32"
     code, out, _ = main(capsys, "bench", "load", "-tp", "2", "--json", "--quiet")
     assert code == 0
     result = json.loads(out)
@@ -304,6 +304,8 @@ def test_bench_start_and_load(capsys):
         (("start", "--rounds", "4"), 2, "a median needs at least 5"),
         (("start", "--compare", "llama.cpp"), 2, "--compare llama.cpp: known are hf"),
         (("load", "--dtype", "int8"), 2, "dtype='int8'"),
+        (("load", "-tp", "0"), 2, "--tensor-parallel-size 0: must be between 1"),
+        (("start", "--devices", "0"), 2, "--devices 0: must be between 1"),
         (("load", "--model", "/no/such"), 3, "no such folder"),
         (("prefill", "--prompt-length", "0"), 2, "--prompt-length 0: must be 1 or more"),
     ],

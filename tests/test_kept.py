@@ -171,7 +171,11 @@ def test_a_kept_tokenizer_is_transformers_one(keeping, tmp_path):
     assert not isinstance(whole, KeptTokenizer) and isinstance(short, KeptTokenizer)
     for text in ("ROMEO:\nBut soft", " two  spaces", "ünïcödé 🙂", "<|endoftext|> a"):
         assert short.encode(text) == whole.encode(text)
-    assert "_whole" not in vars(short)
+    assert "whole" not in vars(short)  # until now
+    text = "ROMEO: thou"
+    asked = dict(add_special_tokens=False)
+    assert short.encode(text, **asked) == whole.encode(text, **asked)
+    assert short(text)["input_ids"] == whole(text)["input_ids"] and len(short) == len(whole)
     assert short.decode([5, 6, 7]) == whole.decode([5, 6, 7])
     assert short.chat_template == whole.chat_template and short.eos_token == whole.eos_token
     with pytest.raises(AttributeError):

@@ -293,8 +293,8 @@ def _add_bench_start(kinds, kind: str) -> None:
     )
     add = parser.add_argument
     add("--model", metavar="DIR|ID", help="default: the bundled model")
-    _add_mesh(parser)
     if start:
+        _add_mesh(parser)
         add(
             "--compare",
             action="append",
@@ -302,6 +302,9 @@ def _add_bench_start(kinds, kind: str) -> None:
             metavar="PEER",
             help="start this beside it, round by round: hf (transformers)",
         )
+    else:
+        add("--tensor-parallel-size", "-tp", type=int, metavar="N", help="forced CPU devices")
+        add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--rounds", type=int, default=5, metavar="N", help="at least 5; default: %(default)s")
     add("--json", action="store_true", help="one line of JSON (else indented)")
     add_common(parser, f"tpjax.bench.start:bench_{kind}")

@@ -136,9 +136,9 @@ class Executables:
                 return _Step(fn, (weights, held, packed, small(())), 1, (held, _DRAWN))
             case "advance":
                 packed = small((rows_or_tokens, sampling.COLUMNS))
-                return _Step(
-                    step.advance, (packed, small((DISPATCH, rows_or_tokens))), None, packed
-                )
+                # Each its own function: jax would else answer from memory, whatever it was made of.
+                fn = functools.partial(step.advance)
+                return _Step(fn, (packed, small((DISPATCH, rows_or_tokens))), None, packed)
             case "score" | "states":
                 args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
                 fn = functools.partial(getattr(step, kind), table)

@@ -109,6 +109,7 @@ def measure(args: argparse.Namespace) -> dict:
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
     limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
+    compile_s = round(report.compile_s, 3)
     decoded = _decoded(args, llm, decode, limit, prompts[0]) if args.max_tokens else {}
     tokens = args.batch * args.prompt_length
     return {
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict:
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
         "load_s": None if args.config else round(report.load_s, 3),
-        "compile_s": round(report.compile_s, 3),
+        "compile_s": compile_s,
         "prefill_tok_s": round(tokens / statistics.median(first), 2),
         "prefill_tok_s_spread": [round(tokens / t, 2) for t in (max(first), min(first))],
         **decoded,
@@ -165,6 +166,7 @@ def host_ms(llm: "LLM", prompt: list[int]) -> dict:
 
     most = min(HOST_TOKENS, llm.max_model_len - len(prompt))
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+    llm.executables.build(llm.executables.for_requests([[len(prompt)]]))
     found = {}
     for name, tokens in (("each", 1), ("many", None)):
         idle = []

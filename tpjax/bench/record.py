@@ -75,7 +75,7 @@ def _with_row(text: str, heading: str, columns: str, line: str) -> str:
         rule = "|".join("---" for _ in columns.split("|"))
         lines += ["", heading, "", f"| {columns} |", f"|{rule}|"]
     at = lines.index(heading) + 1
-    while at < len(lines) and not lines[at].startswith("|"):  # what is said before the table
+    while at < len(lines) and not lines[at].startswith(("|", "## ")):  # said before the table
         at += 1
     while at < len(lines) and lines[at].startswith("|"):
         at += 1
@@ -121,7 +121,7 @@ def beside(r: dict) -> list[str]:
 
 def _shape(r: dict) -> tuple:
     mesh = " x ".join(f"{name}={size}" for name, size in r["mesh"].items() if size > 1) or "1"
-    model = Path(r["model"]).stem
+    model = Path(r["model"]).name.removesuffix(".json")
     return r["date"], r["commit"], model, r["dtype"], mesh, r["batch"], r["prompt_length"]
 
 

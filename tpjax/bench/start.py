@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpjax import env
-from tpjax.checkpoint.folder import bundled, locate
+from tpjax.checkpoint.folder import bundled, choose_dtype, locate, read_folder
 from tpjax.config import check_dtype
+from tpjax.devices import check_sizes
 from tpjax.errors import RunError, UsageError
 
 PROMPT = "Once upon a time"
@@ -37,6 +38,7 @@ class Started(NamedTuple):
 def bench_start(args: argparse.Namespace) -> int:
     """Measure starts and print one JSON object."""
     folder = _checked(args)
+    _resolve_dtype(args, folder)
     names = list(dict.fromkeys(name for given in args.compare for name in given.split(",")))
     if unknown := [name for name in names if name not in PEERS]:
         raise UsageError(f"--compare {unknown[0]}: known are {', '.join(PEERS)}")
@@ -45,7 +47,7 @@ def bench_start(args: argparse.Namespace) -> int:
     commands = {"tpjax": ["-m", "tpjax.cli", *words]}
     for name in names:
         commands[name] = ["-m", PEERS[name], "--model", str(folder), "--prompt", PROMPT]
-        commands[name] += ["--dtype", "float32" if args.dtype == "auto" else args.dtype]
+        commands[name] += ["--dtype", args.dtype]
     starts: dict[str, list[Started]] = {name: [] for name in commands}
     read_files(folder)
     with tempfile.TemporaryDirectory(prefix="tpjax-start-") as cache:
@@ -59,7 +61,7 @@ def bench_start(args: argparse.Namespace) -> int:
         "model": str(folder),
         "dtype": args.dtype,
         "rounds": args.rounds,
-        "weights_bytes": sum(file.stat().st_size for file in _files(folder)),
+        "files_bytes": sum(file.stat().st_size for file in _files(folder)),
         "first_start_s": round(first.seconds, 2),
         "start_s": round(statistics.median(ours), 2),
         "start_s_spread": [round(s, 2) for s in (min(ours), max(ours))],
@@ -70,28 +72,29 @@ def bench_start(args: argparse.Namespace) -> int:
 
 
 def bench_load(args: argparse.Namespace) -> int:
-    """Measure loading and print one JSON object."""
+    """Measure loading onto CPU devices and print one JSON object."""
     folder = _checked(args)
     command = ["-m", "tpjax.bench.load_memory", "--model", str(folder)]
     command += ["-tp", str(args.tensor_parallel_size or 1)]
     command += ["--dtype", "float32" if args.dtype == "auto" else args.dtype]
-    read_files(folder)
+    size = read_files(folder)
     loads, reads = [], []
     for _ in range(args.rounds):
         start = time.perf_counter()
-        size = read_files(folder)
+        read_files(folder)
         reads.append(size / (time.perf_counter() - start))
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         if done.returncode:
             raise RunError(f"loading failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         loads.append(json.loads(done.stdout))
     seconds = [load["load_s"] for load in loads]
-    rates = [load["weights_bytes"] / load["load_s"] for load in loads]
+    rates = [size / s for s in seconds]  # of the files' bytes, as the reading's
     shares = [rate / read for rate, read in zip(rates, reads, strict=True)]
     result = {
         "model": str(folder),
         "rounds": args.rounds,
         **{word: loads[0][word] for word in ("tensor", "dtype", "weights_bytes")},
+        "files_bytes": size,
         "load_s": round(statistics.median(seconds), 2),
         "load_s_spread": [round(s, 2) for s in (min(seconds), max(seconds))],
         "GB_per_s": round(statistics.median(rates) / 1e9, 2),
@@ -139,10 +142,17 @@ def _files(folder: Path) -> list[Path]:
     return found or sorted(f for f in (folder / "weights").rglob("*") if f.is_file())
 
 
+def _resolve_dtype(args: argparse.Namespace, folder: Path) -> None:
+    """What "auto" means here, so that all systems have the same."""
+    stored = read_folder(folder).stored_dtype
+    args.dtype = choose_dtype(args.dtype, stored, "gpu" if env.has_accelerator() else "cpu")
+
+
 def _checked(args: argparse.Namespace) -> Path:
     if args.rounds < 5:
         raise UsageError(f"--rounds {args.rounds}: a median needs at least 5")
     check_dtype(args.dtype)
+    check_sizes(args)
     return locate(args.model or bundled())
 
 
@@ -170,6 +180,7 @@ def _beside(theirs: list[Started], ours: list[float]) -> dict:
 def _print(args: argparse.Namespace, result: dict) -> int:
     from tpjax.bench import record
 
+    env.start(1 if args.kind == "load" else None)
     result |= record.provenance()
     print(json.dumps(result, indent=None if args.json else 2), flush=True)
     return 0

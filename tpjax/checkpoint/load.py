@@ -289,7 +289,10 @@ def random(table: WeightTable, seed: int = 0, progress: Progress = iter) -> tupl
         devices_of = slices(spec)
         parts = {bounds: empty(_shape(bounds), spec.dtype) for bounds in devices_of}
         for part in parts.values():
-            _repeat(scaled if part.ndim > 1 else np.ones(1, spec.dtype), part.reshape(-1))
+            if part.ndim > 1:
+                _repeat(scaled, part.reshape(-1))
+            else:
+                part[...] = 1
         return _placed(spec, parts, devices_of)
 
     return tuple(make(spec) for spec in progress(table.specs))

@@ -6,6 +6,7 @@ of the tokenizer, which the tokenizers library reads by itself. So that is kept 
 
 import importlib.metadata
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,35 @@ _SAMPLES = (
     "[INST] <s> </s> <pad> <unk> <|endoftext|> <|im_start|>user",
 )
 
+_LARGEST = 1 << 28  # bytes of a file that is read to know it again
+
 
 class KeptTokenizer:
-    """transformers' tokenizer of a folder, which is loaded once something else than `encode` or
-    `backend_tokenizer` is asked of it."""
+    """transformers' tokenizer of a folder, which is loaded once something else is asked of it than
+    to encode plain text, or for `backend_tokenizer`."""
 
     def __init__(self, backend: Backend, path: Path):
         self.backend_tokenizer, self._path = backend, path
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, special ones added as the model wants them."""
-        return self.backend_tokenizer.encode(text).ids
+    @cached_property
+    def whole(self) -> Any:
+        """The tokenizer as transformers has it."""
+        return _whole(self._path)
+
+    def encode(self, text: str, **more: Any) -> list[int]:
+        """Token ids, special ones added as the model wants them; ``more`` is transformers' own."""
+        return self.whole.encode(text, **more) if more else self.backend_tokenizer.encode(text).ids
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.whole(*args, **more)
+
+    def __len__(self) -> int:
+        return len(self.whole)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if "_whole" not in self.__dict__:
-            self.__dict__["_whole"] = _whole(self._path)
-        return getattr(self.__dict__["_whole"], name)
+        return getattr(self.whole, name)
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
@@ -57,8 +69,11 @@ def load_tokenizer(folder: ModelFolder) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder.path / name).is_file() for name in names):
         return None
-    files = _digests(folder.path)
-    found = kept.read(env.kept_dir(), "tokenizer", files)
+    kept_in = env.kept_dir()
+    files = None if kept_in is None else _digests(folder.path)
+    if files is None:
+        kept_in = None
+    found = kept.read(kept_in, "tokenizer", files)
     if found is not None:
         about, _, backend = found.partition(b"\n")
         highest = json.loads(about)["highest"]
@@ -66,9 +81,9 @@ def load_tokenizer(folder: ModelFolder) -> Any:
     else:
         tokenizer = _whole(folder.path)
         highest = max(tokenizer.get_vocab().values(), default=-1)
-        if (backend := _enough(tokenizer)) is not None:
+        if kept_in is not None and (backend := _enough(tokenizer)) is not None:
             first = json.dumps({"highest": highest})
-            kept.write(env.kept_dir(), "tokenizer", files, f"{first}\n{backend}".encode())
+            kept.write(kept_in, "tokenizer", files, f"{first}\n{backend}".encode())
     if highest >= folder.config.vocab:
         raise CheckpointError(
             f"{folder.path}: the tokenizer has id {highest}, but the embedding only"
@@ -80,6 +95,7 @@ def load_tokenizer(folder: ModelFolder) -> Any:
 def _whole(path: Path) -> Any:
     import transformers
 
+    transformers.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=False, local_files_only=True
@@ -104,9 +120,15 @@ def _enough(tokenizer: Any) -> str | None:
     return again.to_str() if same else None
 
 
-def _digests(path: Path) -> tuple[Any, ...]:
-    """Everything a tokenizer may be made of: small files, by their content, and the libraries."""
+def _digests(path: Path) -> tuple[Any, ...] | None:
+    """Everything a tokenizer may be made of: small files, by their content, and the libraries. None
+    where that cannot be told."""
     kinds = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-    files = sorted(f for f in path.iterdir() if f.suffix in kinds and f.is_file())
-    content = [(file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())) for file in files]
+    try:
+        files = sorted(f for f in path.iterdir() if f.suffix in kinds and f.is_file())
+        if any(file.stat().st_size > _LARGEST for file in files):
+            return None
+        content = [(file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())) for file in files]
+    except OSError:
+        return None
     return (*content, *(importlib.metadata.version(n) for n in ("transformers", "tokenizers")))

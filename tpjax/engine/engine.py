@@ -42,8 +42,9 @@ class Engine:
 
     def run(self, requests: Sequence[Request], *, tokens: int | None = None) -> Iterator[Request]:
         """Run all requests, yielding each one whenever it has new tokens. ``tokens``: how many per
-        dispatch; None is as many as nobody waits for. With ``tokens`` the next dispatch is on its
-        way before the tokens of one are read, so that devices never wait for the host."""
+        dispatch; None is as many as nobody waits for. With ``tokens``, while none waits for a row,
+        the next dispatch is on its way before the tokens of one are read, so that devices do not
+        wait for the host."""
         for request in requests:
             request.start()
         waiting = deque(requests)

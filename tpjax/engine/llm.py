@@ -69,7 +69,8 @@ class LLM:
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
 
-    Raises CheckpointError, UsageError or ResourceError before anything large is allocated.
+    Raises CheckpointError, UsageError or ResourceError before anything large is read; what is wrong
+    with the tokenizer or with ``expect``, while the first weights are.
     """
 
     def __init__(
@@ -158,13 +159,11 @@ class LLM:
 
     def _get_ready(self, prompts: list[Prompt], tokenizer: bool) -> None:
         """What needs no weights: executables for these prompts, and the tokenizer."""
-        exe = self.executables
-        if prompts:
-            exe.build(exe.decoding(len(prompts)))
         if tokenizer:
             self.tokenizer = load_tokenizer(self.folder)
         if prompts:
-            exe.build(exe.for_requests([[len(self._ids(prompt))] for prompt in prompts]))
+            lengths = [[len(self._ids(prompt))] for prompt in prompts]
+            self.executables.build(self.executables.for_requests(lengths))
 
     def _largest(self, data: int | None, expert: int | None, say: Callable[[str], None]) -> int:
         data, expert = (1 if n is None else n for n in (data, expert))

@@ -263,7 +263,7 @@ struct Queue {
   }
 };
 
-// The queues of all calls that are running. Devices share the processors, and one may be slower; who
+// The queues of all calls of a kind that are running. Devices share the processors, and one may be slower; who
 // is done with its own part would only wait for the others at the next sum, so it helps them.
 struct Board {
   std::mutex mutex;

@@ -16,7 +16,8 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    ids = tokenizer(args.prompt, return_tensors="pt")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = model.to(place), tokenizer(args.prompt, return_tensors="pt").to(place)
     made = model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
     print(repr(tokenizer.decode(made[0, -1:])), flush=True)
 
