@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.audited import audited
@@ -21,6 +23,7 @@ from tpjax.nn.attention import Attention
 from tpjax.ops import attention
 from tpjax.parallel import collectives
 from tpjax.parallel.rules import Rules
+from tpjax.weights import WeightTable
 
 LLAMA = published("llama-3.1-8b-instruct", 2)
 SMALL = ModelConfig(
@@ -63,8 +66,23 @@ def lookup(change):
     return patch
 
 
+def listed(monkeypatch, change):
+    """The table lists what a mistaken model declares: it would else not be traced at all."""
+    right = WeightTable._spec
+    monkeypatch.setattr(WeightTable, "_spec", lambda self, weight: change(right, self, weight))
+
+
 def output_by_column(monkeypatch):
     """The output projection split by its outputs: heads are gathered before it."""
+
+    def by_column(right, table, weight):
+        if weight.path.endswith("attn.o.w"):
+            out, in_ = weight.dims
+            dims = (dataclasses.replace(out, axis="mlp"), dataclasses.replace(in_, axis=None))
+            weight = dataclasses.replace(weight, dims=dims)
+        return right(table, weight)
+
+    listed(monkeypatch, by_column)
     right = Attention.__init__
 
     def wrong(self, config, plan, layer):
@@ -181,6 +199,14 @@ def weights_in_float32(monkeypatch):
     """Kept so, and rounded on every step."""
     wrong = lambda dims, dtype: param.weight(dims, "float32")  # noqa: E731
     monkeypatch.setattr(linear, "weight", wrong)
+
+    def widened(right, table, weight):
+        spec = right(table, weight)
+        if re.search(r"\.(q|k|v|o|gate|up|down)\.[wb]$", spec.path):
+            spec = dataclasses.replace(spec, dtype=np.dtype("float32"))
+        return spec
+
+    listed(monkeypatch, widened)
     product(lambda plan, w: w.astype(jnp.bfloat16))(monkeypatch)
 
 

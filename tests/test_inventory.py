@@ -1,5 +1,7 @@
 """The planner's list of weights, made of facts, is the one that tracing the model gives."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -51,6 +53,15 @@ def test_the_same_weights(name, sizes):
         for x in jax.tree.leaves(cache)
     )
     assert held == rows // table.plan.data * 64 * layout.cached_per_token(config)
+
+
+def test_a_model_that_declares_other_weights_is_not_traced(monkeypatch):
+    config = published("llama-3.2-1b", 2)
+    for change in ({"qkv_bias": True}, {"dtype": "float16"}, {"norm": "layer"}):
+        table = WeightTable(config, plan_of(config, dict(tensor=2)))
+        table.config = dataclasses.replace(config, **change)
+        with pytest.raises(RuntimeError, match="list different weights"):
+            table.module(table.abstract())
 
 
 @pytest.mark.parametrize("name", NAMES)

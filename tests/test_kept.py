@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer as Backend
 
 import tpjax
@@ -98,10 +99,15 @@ def test_what_an_executable_depends_on(cache, first, changed):
 
 @pytest.fixture
 def keeping(monkeypatch, tmp_path):
-    """In this process, and in a folder of its own."""
+    """In this process, and in a folder of its own; whatever other tests have turned off."""
     monkeypatch.setenv("TPJAX_KEPT", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tpjax" / "kept"
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache" / "tpjax" / "kept"
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def test_our_source_is_part_of_every_name(keeping, monkeypatch):

@@ -97,7 +97,7 @@ class Executables:
         """Trace one step for its bucket, on abstract weights."""
         step = self._step(name)
         with jax.set_mesh(self.table.plan.mesh):
-            return jax.jit(step.run, donate_argnums=step.donated).lower(*step.args)
+            return _jit(step.run, step.donated).lower(*step.args)
 
     def _step(self, name: str) -> "_Step":
         """What an executable computes, of what."""
@@ -195,6 +195,10 @@ class Executables:
         if n not in self._numbers:
             self._numbers[n] = self.upload(np.asarray(n, np.int32))
         return self._numbers[n]
+
+
+def _jit(fn: Callable, donated: int | None):
+    return jax.jit(fn, donate_argnums=donated)
 
 
 class _Step(NamedTuple):
