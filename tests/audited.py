@@ -50,7 +50,7 @@ def compiled(steps: Executables, name: str):
     """The program of one step."""
     with warnings.catch_warnings():  # what jax keeps of these programs it cannot read without a GPU
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-        return steps.lower(name).compile()
+        return steps.lower(name).compile(steps.options(name))
 
 
 def audited(config: ModelConfig, name: str, *more, greedy: bool = False, **words) -> Audit:

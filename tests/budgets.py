@@ -47,7 +47,9 @@ def audit(name: str, sizes: dict[str, int], step: str, layers: int = 2) -> tuple
     """Compiled for H100s with layers of every kind and a sampler for greedy requests only (see the
     fixture ``greedy``): the audit, and what is in the budget."""
     exe = steps(published(name, layers), f"h100:{math.prod(sizes.values())}", **sizes)
-    compiled, launches = compiled_with_launches(exe.lower(step), step.startswith("decode"))
+    compiled, launches = compiled_with_launches(
+        exe.lower(step), exe.options(step), step.startswith("decode")
+    )
     found = Audit(compiled, exe, step, greedy=True)
     assert launches is not None
     return found, {

@@ -6,8 +6,10 @@ import re
 import pytest
 
 from tests.audited import compiled, steps
+from tpjax import env
 from tpjax.audit.kernels import Launches, compiled_with_launches
 from tpjax.audit.verdict import Audit
+from tpjax.errors import UsageError
 from tpjax.planner.memory import MIB
 from tpjax.planner.models import find, shortened
 
@@ -25,7 +27,7 @@ CASES = [
 
 def decode(model: str, tensor: int, layers: int) -> tuple[Audit, Launches]:
     exe = steps(shortened(find(model).config, layers), f"h100:{tensor}", context=CONTEXT)
-    program, launches = compiled_with_launches(exe.lower("decode[b1]"))
+    program, launches = compiled_with_launches(exe.lower("decode[b1]"), exe.options("decode[b1]"))
     assert launches is not None
     return Audit(program, exe, "decode[b1]", greedy=True), launches
 
@@ -42,6 +44,46 @@ def test_kernels_of_a_layer(greedy, model, tensor, graphs):
     assert of_three.graphs == graphs
     assert audit.findings() == []  # nothing above 1 MiB copied or transposed
     assert audit.memory.temp_size_in_bytes < 64 * MIB
+
+
+@pytest.mark.parametrize("model, tensor", [case[:2] for case in CASES if case[1] > 1])
+def test_sums_in_the_graph(greedy, monkeypatch, model, tensor):
+    """If asked for: one graph a step, nothing beside it, and the same program."""
+    _, cut = decode(model, tensor, 3)
+    monkeypatch.setenv("TPJAX_GRAPHED_SUMS", "1")
+    audit, whole = decode(model, tensor, 3)
+    assert cut.outside > 0 and (whole.graphs, whole.outside) == (1, 0)
+    held = (whole.kernels, whole.copies, whole.collectives)
+    assert held == (cut.kernels, cut.copies, cut.collectives)
+    assert audit.findings() == []
+
+
+def test_options_are_for_decode_on_several_gpus(monkeypatch):
+    """And an executable that is kept is known by them."""
+    config = shortened(find("llama-3.1-8b").config, 1)
+    gpus, one, cpus = (steps(config, hardware) for hardware in ("h100:2", "h100:1", "cpu:2"))
+    before = gpus._about("decode[b1]"), gpus._about("prefill[t32]")
+    assert gpus.options("decode[b1]") == {}
+    monkeypatch.setenv("TPJAX_GRAPHED_SUMS", "1")
+    assert gpus.options("decode[b1]").keys() == {"xla_gpu_enable_command_buffer"}
+    assert gpus.options("prefill[t32]") == one.options("decode[b1]") == {}
+    assert cpus.options("decode[b1]") == {}
+    assert gpus._about("decode[b1]") != before[0] and gpus._about("prefill[t32]") == before[1]
+
+
+@pytest.mark.parametrize(
+    "jaxlib, flags, said",
+    [
+        ("0.11.2", "", "needs jaxlib 0.10"),
+        ("0.10.2", "--xla_gpu_enable_command_buffer=", "set one"),
+    ],
+)
+def test_options_that_cannot_be(monkeypatch, jaxlib, flags, said):
+    monkeypatch.setenv("TPJAX_GRAPHED_SUMS", "1")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: jaxlib)
+    with pytest.raises(UsageError, match=said):
+        env.compiler_options("gpu", "decode", 2)
 
 
 def test_a_prompt_has_no_scores_of_all_its_tokens(greedy):

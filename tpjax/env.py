@@ -16,6 +16,10 @@ XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
 TPJAX_NATIVE is only read: 0 turns our own CPU kernel off
     It is built by the machine's C++ compiler, on first use (`tpjax.native`).
+TPJAX_GRAPHED_SUMS is only read: 1 puts the sums of decode into its CUDA graph
+    Several GPUs then have one graph a step; XLA by itself cuts it at every sum, and what lies
+    between two is launched kernel by kernel where it is short. Off until somebody has timed it.
+    Only with jaxlib 0.10: later ones sum by kernels that no graph can hold.
 TRANSFORMERS_NO_ADVISORY_WARNINGS
     transformers is used without torch on purpose and need not warn about it.
 TPU_SKIP_MDS_QUERY, ALLOW_MULTIPLE_LIBTPU_LOAD, to compile for TPUs where there is none
@@ -37,9 +41,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tpjax.errors import UsageError
+
 YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _YNN = f"{YNN_FLAG}=individual_dot"
 _FLAG_VERSIONS = ("0.10.", "0.11.")  # an unknown name in XLA_FLAGS aborts the process
+# What XLA puts into CUDA graphs: an option replaces jaxlib 0.10's list, by the enum's full names.
+_GRAPHS = "xla_gpu_enable_command_buffer"
+_GRAPHED = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"
 _PLUGIN_NOISE = re.compile(
     rb"cudart_stub|before absl::InitializeLog|^\s*$|computation_placer.*already registered"
 )
@@ -156,6 +165,21 @@ def cpu_devices_chosen() -> bool:
 def native_kernels() -> bool:
     """Whether kernels of our own may be built and used: not if the user sets TPJAX_NATIVE=0."""
     return os.environ.get("TPJAX_NATIVE") != "0"
+
+
+def compiler_options(platform: str, kind: str, devices: int) -> dict[str, str | bool]:
+    """XLA's options for one executable, beside its defaults: of a kind of step, on so many devices.
+    Raises UsageError for what this jaxlib, or what the user has set, does not go with."""
+    sums = platform == "gpu" and kind == "decode" and devices > 1
+    if not sums or os.environ.get("TPJAX_GRAPHED_SUMS") != "1":
+        return {}
+    from importlib.metadata import version
+
+    if not (jaxlib := version("jaxlib")).startswith("0.10."):
+        raise UsageError(f"TPJAX_GRAPHED_SUMS=1 needs jaxlib 0.10, this is {jaxlib}: unset it")
+    if _GRAPHS in os.environ.get("XLA_FLAGS", ""):
+        raise UsageError(f"TPJAX_GRAPHED_SUMS=1 and {_GRAPHS} in XLA_FLAGS: set one of them")
+    return {_GRAPHS: f"{_GRAPHED},COLLECTIVES"}
 
 
 def with_cache(folder: Path) -> dict[str, str]:

@@ -80,7 +80,7 @@ class Executables:
             compiled = self._kept(name)
             again = compiled is not None
             if compiled is None:
-                compiled = self.lower(name).compile()
+                compiled = self.lower(name).compile(self.options(name))
                 again = compiles.cache_hits > hits
                 if not again:  # what comes from jax's own cache cannot be written again
                     self._keep(name, compiled)
@@ -98,6 +98,11 @@ class Executables:
         step = self._step(name)
         with jax.set_mesh(self.table.plan.mesh):
             return _jit(step.run, step.donated).lower(*step.args)
+
+    def options(self, name: str) -> dict[str, str | bool]:
+        """What its compiler is told beside its defaults."""
+        plan = self.table.plan
+        return env.compiler_options(plan.platform, name.partition("[")[0], plan.mesh.size)
 
     def _step(self, name: str) -> "_Step":
         """What an executable computes, of what."""
@@ -182,7 +187,7 @@ class Executables:
         devices = [(d.id, d.process_index, d.device_kind) for d in plan.mesh.devices.flat]
         versions = [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")]
         client = plan.mesh.devices.flat[0].client
-        settings = env.jax_settings()
+        settings = env.jax_settings(), self.options(name)
         about = (name, self.table.config, plan, self.buckets, devices, client.platform_version)
         return (*about, versions, settings, native.identity() if client.platform == "cpu" else None)
 

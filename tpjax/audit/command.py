@@ -48,7 +48,8 @@ def audit(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         lowered = exe.lower(name)
         traced = time.perf_counter()
-        compiled, launches = compiled_with_launches(lowered, loop=name.startswith("decode"))
+        loop = name.startswith("decode")
+        compiled, launches = compiled_with_launches(lowered, exe.options(name), loop)
         seconds = traced - start, time.perf_counter() - traced
         checked = Audit(compiled, exe, name)
         reports.append(_document(checked, launches, seconds))

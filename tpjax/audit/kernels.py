@@ -4,7 +4,7 @@ one CUDA graph. Read from the compiler's own list, which it writes into a folder
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,14 @@ class Launches:
 
 
 def compiled_with_launches(
-    lowered: jax.stages.Lowered, loop: bool = True
+    lowered: jax.stages.Lowered, options: Mapping[str, str | bool], loop: bool = True
 ) -> tuple[jax.stages.Compiled, Launches | None]:
     """The compiled program and, where the compiler tells, what it launches: of decode, which is a
-    ``loop`` over tokens, one turn."""
+    ``loop`` over tokens, one turn. ``options``: as `Executables.options` has them."""
     with tempfile.TemporaryDirectory(prefix="tpjax-audit-") as folder:
         with warnings.catch_warnings():  # what jax keeps of programs it cannot read without a GPU
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-            compiled = lowered.compile({"xla_dump_to": folder})
+            compiled = lowered.compile({**options, "xla_dump_to": folder})
         lists = list(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
         return compiled, _launches(lists[0].read_text(), loop) if lists else None
 

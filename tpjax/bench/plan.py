@@ -143,7 +143,7 @@ def measure(point: Point) -> Row:
     data = axes.get("data", 1)
     exe = steps.executables(config, devices, axes, max(point.rows, data), point.context)
     name = point.step if data == 1 or point.rows > 1 else point.step.replace("b1]", f"b{data}]")
-    compiled, _ = compiled_with_launches(exe.lower(name))
+    compiled, _ = compiled_with_launches(exe.lower(name), exe.options(name))
     memory = compiled.memory_analysis()
     assert memory is not None
     layout = exe.table.plan.layout
