@@ -58,6 +58,14 @@ def test_sums_in_the_graph(greedy, monkeypatch, model, tensor):
     assert audit.findings() == []
 
 
+def test_sums_in_the_graphs_of_the_whole_sampler(monkeypatch):
+    """Its branches lie between two graphs; nothing else is outside."""
+    monkeypatch.setenv("TPJAX_GRAPHED_SUMS", "1")
+    exe = steps(shortened(find("llama-3.1-8b").config, 2), "h100:8", context=CONTEXT)
+    _, launches = compiled_with_launches(exe.lower("decode[b1]"), exe.options("decode[b1]"))
+    assert launches is not None and (launches.graphs, launches.outside) == (2, 0)
+
+
 def test_options_are_for_decode_on_several_gpus(monkeypatch):
     """And an executable that is kept is known by them."""
     config = shortened(find("llama-3.1-8b").config, 1)

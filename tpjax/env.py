@@ -16,9 +16,9 @@ XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
     Weights and cache are known in advance; jax's default leaves a quarter of a GPU unused.
 TPJAX_NATIVE is only read: 0 turns our own CPU kernel off
     It is built by the machine's C++ compiler, on first use (`tpjax.native`).
-TPJAX_GRAPHED_SUMS is only read: 1 puts the sums of decode into its CUDA graph
-    Several GPUs then have one graph a step; XLA by itself cuts it at every sum, and what lies
-    between two is launched kernel by kernel where it is short. Off until somebody has timed it.
+TPJAX_GRAPHED_SUMS is only read: 1 puts the sums of decode into its CUDA graphs
+    Several GPUs then have two a step, before and after the sampler's branches. XLA by itself cuts
+    at every sum, and launches short pieces kernel by kernel. Off until somebody has timed it.
     Only with jaxlib 0.10: later ones sum by kernels that no graph can hold.
 TRANSFORMERS_NO_ADVISORY_WARNINGS
     transformers is used without torch on purpose and need not warn about it.
