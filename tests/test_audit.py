@@ -89,7 +89,7 @@ def output_by_column(monkeypatch):
         right(self, config, plan, layer)
         columns = dataclasses.replace(self.o.w.get_metadata()["dims"][0], axis="mlp")
         rows = dataclasses.replace(self.o.w.get_metadata()["dims"][1], axis=None)
-        split = linear.Linear(columns, rows, plan=plan, dtype=config.dtype)
+        split = linear.Linear(columns, rows, plan=plan, config=config)
         self.o = split
 
     monkeypatch.setattr(Attention, "__init__", wrong)

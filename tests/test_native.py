@@ -38,13 +38,16 @@ def built():
     rows=st.one_of(st.integers(1, 20), st.integers(30, 42)),
     features=st.one_of(st.integers(1, 100), st.sampled_from([32, 64, 160])),
     outputs=st.integers(1, 150),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtypes=st.sampled_from(["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"]),
     devices=st.sampled_from([1, 8]),
 )
-def test_any_shape(rows, features, outputs, dtype, devices):
+def test_any_shape(rows, features, outputs, dtypes, devices):
     """Tails of vectors, of groups of rows, of panels and of chunks; with helpers and alone."""
     rng = np.random.default_rng([rows, features, outputs])
-    x, w = (jnp.asarray(rng.normal(size=(n, features)), dtype) for n in (rows, outputs))
+    x, w = (
+        jnp.asarray(rng.normal(size=(n, features)), dtype)
+        for n, dtype in zip((rows, outputs), dtypes.split(), strict=True)
+    )
     got = np.asarray(native.product(x, w, devices))
     want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     assert got.dtype == np.float32
@@ -90,7 +93,7 @@ def test_what_is_not_a_number_stays_so():
 @needs_it
 def test_shapes_that_do_not_fit_are_refused():
     x, w = jnp.ones((1, 40)), jnp.ones((3, 41))
-    with pytest.raises(Exception, match="of one dtype are multiplied"):
+    with pytest.raises(Exception, match="are multiplied"):
         jax.block_until_ready(native.product(x, w, 1))
 
 
@@ -151,16 +154,18 @@ def test_where_it_is_used(dtype, quiet):
     one, every = int(dtype == "bfloat16"), 7 * llm.config.layers + 1
     assert times_used(llm, "decode[b1]") == one * every
     assert times_used(llm, "decode[b4]") == every
-    many = every if native.wins(32, jnp.dtype(dtype), 1) else one
+    many = every if native.wins(32, jnp.dtype(dtype), jnp.dtype(dtype), 1) else one
     assert times_used(llm, "prefill[t32]") == many
     for step in ("decode[b4]", "prefill[t32]"):
         assert times_used(llm, step, native.ATTEND) == llm.config.layers
 
 
 def test_one_row_of_float32_only_with_a_large_matrix():
-    assert [native.wins(1, jnp.float32, n) for n in (2**20, 2**21)] == [False, True]
-    assert native.wins(2, jnp.float32, 1) and native.wins(1, jnp.bfloat16, 1)
-    assert not native.wins(9, jnp.float32, 2**30) and not native.wins(1, jnp.float16, 2**30)
+    wide, narrow, half = jnp.float32, jnp.bfloat16, jnp.float16
+    assert [native.wins(1, wide, wide, n) for n in (2**20, 2**21)] == [False, True]
+    assert native.wins(2, wide, wide, 1) and native.wins(1, narrow, narrow, 1)
+    assert native.wins(1, wide, narrow, 1) and not native.wins(1, narrow, wide, 2**30)
+    assert not native.wins(9, wide, wide, 2**30) and not native.wins(1, half, half, 2**30)
 
 
 @needs_it

@@ -12,9 +12,10 @@ from tests import budgets
 from tests.audited import audited
 from tests.budgets import CASES
 from tests.published import published, resolved
+from tpjax.audit.verdict import WIDENED
 from tpjax.checkpoint.folder import with_dtype
 from tpjax.models import FAMILIES
-from tpjax.ops import experts
+from tpjax.ops import experts, tiles
 from tpjax.planner.memory import MIB
 
 BUDGETS = json.loads(budgets.FILE.read_text())
@@ -76,9 +77,9 @@ def test_an_expert_copied_on_a_gpu_is_caught(greedy, monkeypatch):
 def scaled_down(dtype: str):
     """Mixtral with matrices of experts that are larger than what is copied of them at a time."""
     config = with_dtype(published("mixtral-8x7b-v0.1", 2), dtype)
-    sizes = dict(embed=512, mlp=1792, heads=8, kv_heads=2, head_dim=64, vocab=4096)
-    config = replace(config, **sizes, moe=replace(config.moe, mlp=1792))
-    assert 512 * 1792 * jnp.dtype(dtype).itemsize > max(MIB, experts.TILE)
+    sizes = dict(embed=512, mlp=7168, heads=8, kv_heads=2, head_dim=64, vocab=4096)
+    config = replace(config, **sizes, moe=replace(config.moe, mlp=7168))
+    assert 512 * 7168 * jnp.dtype(dtype).itemsize > max(MIB, WIDENED)
     return config
 
 
@@ -89,12 +90,16 @@ def test_experts_on_a_cpu_are_read_where_they_are(greedy, dtype):
 
 def test_an_expert_copied_on_a_cpu_is_caught(greedy, monkeypatch):
     config = scaled_down("float32")
-    monkeypatch.setattr(experts, "TILE", 1 << 30)
+    monkeypatch.setattr(tiles, "TILE", 1 << 30)
     found = found_in(config, "decode[b1]", "cpu:1", context=512)
     assert any("an expert has" in p for p in found), found
 
 
 def test_experts_widened_on_a_cpu_are_caught(greedy, monkeypatch):
-    monkeypatch.setattr(experts, "_slice_of_bits", jax.lax.dynamic_slice)
+    def wide(w, at, sizes):
+        cut = jax.lax.dynamic_slice(w, at, sizes)
+        return jax.lax.bitcast_convert_type(cut, jnp.uint16)
+
+    monkeypatch.setattr(tiles, "_cut_bits", wide)
     found = found_in(scaled_down("bfloat16"), "decode[b1]", "cpu:1", context=512)
     assert any("an expert has" in p for p in found), found

@@ -41,6 +41,7 @@ class ModelConfig:
     mlp: int
     max_position: int = 2048
     dtype: str = "float32"
+    matrix_dtype: str | None = None  # what matrices are held in, where that is not dtype
 
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
@@ -74,6 +75,11 @@ class ModelConfig:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values one token keeps in the cache, all layers, without padding."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize(self.dtype)
+
+    @property
+    def held(self) -> str:
+        """The dtype of every weight of two dimensions or more."""
+        return self.matrix_dtype or self.dtype
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees no further back than `window`."""

@@ -19,6 +19,7 @@ class Weight:
     dims: tuple[Dim, ...]
     parts: tuple[int, ...]
     axes: tuple[tuple[str, ...], ...]  # the mesh axes of every dimension
+    dtype: str
     itemsize: int
 
     @property
@@ -44,13 +45,14 @@ class Weight:
 def weights(config: ModelConfig, layout: Layout, itemsize_of_matrix: int | None = None):
     """All weights of a model on this layout. ``itemsize_of_matrix``: bytes of an element of what is
     multiplied, if it is not the model's dtype."""
-    size = itemsize(config.dtype)
     for path, dims in _declared(config, layout):
         here = layout.at(path)
         axes = tuple(here.mesh_axes(dim.axis) for dim in dims)
         parts = tuple(math.prod(here.shape[a] for a in names) for names in axes)
+        dtype = config.held if len(dims) > 1 else config.dtype
         matrix = len(dims) > 1 and path not in ("embed.w", "positions")
-        yield Weight(path, dims, parts, axes, (itemsize_of_matrix or size) if matrix else size)
+        size = itemsize_of_matrix if matrix and itemsize_of_matrix else itemsize(dtype)
+        yield Weight(path, dims, parts, axes, dtype, size)
 
 
 def _declared(config: ModelConfig, layout: Layout) -> Iterator[tuple[str, tuple[Dim, ...]]]:

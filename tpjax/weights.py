@@ -75,7 +75,7 @@ class WeightTable:
         return WeightSpec(
             path=weight.path,
             dims=dims,
-            dtype=np.dtype(self.config.dtype),
+            dtype=np.dtype(weight.dtype),
             sharding=self.plan.at(weight.path).sharding(*(dim.axis for dim in dims)),
             split=cut.index(True) if any(cut) else None,
             split_inside=cut[1:].index(True) if any(cut[1:]) else None,

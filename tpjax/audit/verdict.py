@@ -14,12 +14,13 @@ from tpjax.audit.program import Collective
 from tpjax.config import itemsize
 from tpjax.executables import Executables
 from tpjax.inventory import Weight, weights
-from tpjax.ops.experts import TILE
 from tpjax.ops.sample import collectives as sampler_states
+from tpjax.ops.tiles import TILE
 from tpjax.ops.topk import CANDIDATES
 from tpjax.parallel.layout import Layout, bytes_summed, module_of
 from tpjax.planner.memory import MIB, Footprint, temporary
 
+WIDENED = 4 * TILE  # bytes of a tile in float32, twice
 SLACK = 32 * MIB  # of temporaries, beside 10 %
 
 
@@ -223,7 +224,7 @@ class Audit:
             matrix = min(w.bytes_per_device * w.parts[0] // w.dims[0].size for w in experts)
             # Scores of a long context, which the plan states, are no expert's.
             beside = 0 if self.on_cpu else self.temporary_stated - MIB
-            if matrix <= have - beside and (not self.on_cpu or matrix > TILE):
+            if matrix <= have - beside and (not self.on_cpu or matrix > WIDENED):
                 yield Finding(
                     "memory", "temporary", f"{have} bytes, an expert has {matrix}: it was copied"
                 )

@@ -51,6 +51,12 @@ def open_source(folder: Path, verify: Verify | None = None) -> Source:
     return SafetensorsFolder(folder)
 
 
+def all_bfloat16(source: Source) -> bool:
+    """Whether every tensor that is a matrix is stored as bfloat16."""
+    matrices = [info for info in source.tensors.values() if len(info.shape) > 1]
+    return all(READABLE.get(info.dtype) == "bfloat16" for info in matrices)
+
+
 def load(
     table: WeightTable, family: Family, source: Source, progress: Progress = iter
 ) -> tuple[jax.Array, ...]:

@@ -116,7 +116,7 @@ class LLM:
             plan = replace(plan, patterns=normal(patterns), allow=tuple(allow))
         dtype = folders.choose_dtype(dtype, self.folder.stored_dtype, plan.platform)
         config = folders.with_dtype(self.folder.config, dtype)
-        self.plan, self.config, self.seed = plan.fit(config), config, seed
+        self.plan, self.seed = plan.fit(config), seed
         if self.plan.mesh.shape != plan.mesh.shape:
             _, expert, tensor, rep = self.plan.mesh.shape.values()
             asked = f"expert={expert} x " * (expert > 1) + f"tensor={tensor * rep}"
@@ -131,6 +131,12 @@ class LLM:
                 f"max_model_len={max_model_len} is more than the model's own limit"
                 f" max_position_embeddings={config.max_position}"
             )
+        source = None if random_weights else load.open_source(self.folder.path, verify)
+        narrow = load.all_bfloat16(source) if source else self.folder.stored_dtype == "bfloat16"
+        if self.plan.platform == "cpu" and dtype == "float32" and narrow:
+            # Exact all the same, in half the bytes: they are widened where they are multiplied.
+            config = replace(config, matrix_dtype="bfloat16")
+        self.config = config
         buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
         self.table = WeightTable(config, self.plan)
         self.padding = padding(self.table)
@@ -144,10 +150,9 @@ class LLM:
         self.tokenizer = None
         prompts = as_prompts(expect)
         progress = _beside(lambda: self._get_ready(prompts, not random_weights), progress)
-        if random_weights:
+        if source is None:
             self.weights = load.random(self.table, seed, progress)
         else:
-            source = load.open_source(self.folder.path, verify)
             self.weights = load.load(self.table, self.folder.family, source, progress)
         if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
             say(

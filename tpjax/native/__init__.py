@@ -33,15 +33,16 @@ MOST_ROWS = 8  # of a product that is as fast as its weights are read
 LARGE = 1 << 21  # weights on one device
 
 
-def wins(rows: int, dtype, weights: int) -> bool:
-    """Whether `product` is there and faster than XLA's with so many weights (BENCHMARKS.md,
+def wins(rows: int, dtype, held, weights: int) -> bool:
+    """Whether `product` is there and faster than XLA's of rows of ``dtype`` with so many weights
+    held in ``held`` (BENCHMARKS.md,
     "Products on a CPU"): one row of float32 XLA reads as fast where the matrix is small, and many
     it multiplies as fast; many of bfloat16 it does not, where the processor multiplies them."""
-    if dtype not in (jnp.bfloat16, jnp.float32) or not ready():
+    if dtype not in (jnp.bfloat16, jnp.float32) or held not in (jnp.bfloat16, dtype) or not ready():
         return False
     if dtype == jnp.bfloat16:
         return rows <= _most_rows()
-    return rows <= MOST_ROWS and (rows > 1 or weights >= LARGE)
+    return rows <= MOST_ROWS and (rows > 1 or held != dtype or weights >= LARGE)
 
 
 def product(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:

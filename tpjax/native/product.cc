@@ -1,5 +1,5 @@
 // Products with a matrix stored [out, in], for XLA on a CPU: y[R,O] = x[R,I] w[O,I]^T in float32, of
-// bfloat16 or float32 operands.
+// bfloat16 or float32 operands, or of float32 and a matrix of bfloat16, widened on the way.
 //
 // A few rows are as fast as the matrix is read (rows.h). For many, where the processor multiplies
 // bfloat16 itself, a panel of outputs is brought into an order in which a pair of x meets sixteen
@@ -96,7 +96,8 @@ void Many(const uint16_t* x, const uint16_t* w, float* y, int64_t rows, int64_t 
 }
 #endif
 
-template <typename T>
+// T: how x, which comes as X, is held beside the matrix.
+template <typename T, typename X>
 ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                float* y) {
   using Stored = typename T::Stored;
@@ -118,7 +119,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
   }
 #endif
   std::vector<float> sorted;
-  auto* held = T::Rows(static_cast<const Stored*>(x.untyped_data()), rows, in, sorted);
+  auto* held = T::Rows(static_cast<const X*>(x.untyped_data()), rows, in, sorted);
   in_chunks(kChunk, [&](int64_t first, int64_t last) {
     Range<T>(held, matrix, y, rows, in, out, first, last);
   });
@@ -128,15 +129,18 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
 ffi::Error Product(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                    ffi::ResultBuffer<ffi::F32> y) {
   auto xs = x.dimensions(), ws = w.dimensions();
-  if (xs.size() != 2 || ws.size() != 2 || xs[1] != ws[1] ||
-      x.element_type() != w.element_type()) {
-    return ffi::Error::InvalidArgument("x[R,I] and w[O,I] of one dtype are multiplied");
+  if (xs.size() != 2 || ws.size() != 2 || xs[1] != ws[1]) {
+    return ffi::Error::InvalidArgument("x[R,I] and w[O,I] are multiplied");
   }
-  switch (w.element_type()) {
-    case ffi::DataType::F32: return Run<F32>(pool, threads, x, w, y->typed_data());
-    case ffi::DataType::BF16: return Run<BF16>(pool, threads, x, w, y->typed_data());
-    default: return ffi::Error::InvalidArgument("float32 or bfloat16 are multiplied");
-  }
+  auto are = [&](ffi::DataType row, ffi::DataType matrix) {
+    return x.element_type() == row && w.element_type() == matrix;
+  };
+  constexpr auto kWide = ffi::DataType::F32, kNarrow = ffi::DataType::BF16;
+  float* to = y->typed_data();
+  if (are(kWide, kWide)) return Run<F32, float>(pool, threads, x, w, to);
+  if (are(kNarrow, kNarrow)) return Run<BF16, uint16_t>(pool, threads, x, w, to);
+  if (are(kWide, kNarrow)) return Run<Widened, float>(pool, threads, x, w, to);
+  return ffi::Error::InvalidArgument("float32 is multiplied, or bfloat16 with either");
 }
 
 }  // namespace

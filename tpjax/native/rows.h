@@ -116,6 +116,39 @@ inline void SplitWords(Words words, Floats* to) {
   to[1] = Bits<Floats>(words & 0xffff0000u);
 }
 
+// Words are split, so x is sorted: of every vector the even places first.
+struct Widened {
+  using Stored = uint16_t;
+  using Row = float;
+  static constexpr int64_t kStep = 2 * kLanes;
+  static float Widen(uint16_t x) { return Bits<float>(uint32_t{x} << 16); }
+  static float Widen(float x) { return x; }
+  static void Add(Floats& sum, const float* x, Words w) {
+    Floats column[2];
+    SplitWords(w, column);
+    sum += Load<Floats>(x) * column[0];
+    sum += Load<Floats>(x + kLanes) * column[1];
+  }
+  static Words Read(const uint16_t* w) { return Load<Words>(w); }
+  static void Split(const uint16_t* from, Floats* to) { SplitWords(Load<Words>(from), to); }
+  template <typename X>
+  static const float* Rows(const X* x, int64_t rows, int64_t in, std::vector<float>& sorted) {
+    sorted.resize(rows * in);
+    int64_t whole = in / kStep * kStep;
+    for (int64_t r = 0; r < rows; ++r, x += in) {
+      float* to = sorted.data() + r * in;
+      for (int64_t k = 0; k < whole; k += kStep) {
+        for (int n = 0; n < kLanes; ++n) {
+          to[k + n] = Widen(x[k + 2 * n]);
+          to[k + kLanes + n] = Widen(x[k + 2 * n + 1]);
+        }
+      }
+      for (int64_t k = whole; k < in; ++k) to[k] = Widen(x[k]);
+    }
+    return sorted.data();
+  }
+};
+
 #if defined(__AVX512BF16__)
 struct BF16 {
   using Stored = uint16_t;
@@ -133,35 +166,7 @@ struct BF16 {
   }
 };
 #else
-// Words are split, so x is sorted: of every vector the even places first.
-struct BF16 {
-  using Stored = uint16_t;
-  using Row = float;
-  static constexpr int64_t kStep = 2 * kLanes;
-  static float Widen(uint16_t x) { return Bits<float>(uint32_t{x} << 16); }
-  static float Widen(float x) { return x; }
-  static void Add(Floats& sum, const float* x, Words w) {
-    Floats column[2];
-    SplitWords(w, column);
-    sum += Load<Floats>(x) * column[0];
-    sum += Load<Floats>(x + kLanes) * column[1];
-  }
-  static Words Read(const uint16_t* w) { return Load<Words>(w); }
-  static void Split(const uint16_t* from, Floats* to) { SplitWords(Load<Words>(from), to); }
-  static const float* Rows(const uint16_t* x, int64_t rows, int64_t in,
-                           std::vector<float>& sorted) {
-    sorted.resize(rows * in);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t k = 0; k < in; ++k) {
-        int64_t place = k % kStep, start = k - place;
-        bool tail = start + kStep > in;
-        int64_t at = tail ? k : start + place % 2 * kLanes + place / 2;
-        sorted[r * in + at] = Widen(x[r * in + k]);
-      }
-    }
-    return sorted.data();
-  }
-};
+using BF16 = Widened;
 #endif
 
 // R rows of x with N rows of w: the sums go to y[R][N], whose rows are `out` apart. Every sum is

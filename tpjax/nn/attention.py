@@ -21,7 +21,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, plan: Plan, layer: int):
         heads, H = plan.heads(config), config.head_dim
-        linear = functools.partial(Linear, plan=plan, dtype=config.dtype)
+        linear = functools.partial(Linear, plan=plan, config=config)
         D = plan.dim("embed", config.embed)
         N = head_dim("heads", heads.queries, config.heads, H)
         K = head_dim("kv_heads", heads.kv, config.kv_heads, H)

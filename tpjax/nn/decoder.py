@@ -76,18 +76,18 @@ class Decoder(nnx.Module):
         self.config, self.plan = config, plan
         D, width = plan.dim("embed", config.embed), config.embed_in or config.embed
         W = plan.dim("embed", width)
-        self.embed = Embed(config.vocab, width, plan=plan.at("embed"), dtype=config.dtype)
+        self.embed = Embed(width, plan=plan.at("embed"), config=config)
         if config.learned_positions:
             rows = Dim(None, config.learned_positions, config.learned_positions)
-            self.positions = weight((rows, D), config.dtype)
+            self.positions = weight((rows, D), config.held)
         if width != config.embed:
-            self.project_in = Linear(D, W, plan=plan, dtype=config.dtype)
-            self.project_out = Linear(W, D, plan=plan, dtype=config.dtype)
+            self.project_in = Linear(D, W, plan=plan, config=config)
+            self.project_out = Linear(W, D, plan=plan, config=config)
         self.blocks = nnx.List([Block(config, plan, n) for n in range(config.layers)])
         self.norm = norm(config) if config.final_norm else None
         if not config.tie_embeddings:
             rows = self.head_plan.dim("vocab", config.vocab)
-            self.head = weight((rows, W), config.dtype)
+            self.head = weight((rows, W), config.held)
 
     @property
     def head_plan(self) -> Plan:
@@ -140,7 +140,8 @@ class Decoder(nnx.Module):
         if config.learned_positions:
             row_BT = position_BT + config.position_offset
             spec = self.plan.spec("batch", None, "embed")
-            x_BTD = x_BTD + value(self.positions).at[row_BT].get(out_sharding=spec)
+            rows_BTD = value(self.positions).at[row_BT].get(out_sharding=spec)
+            x_BTD = x_BTD + rows_BTD.astype(x_BTD.dtype)
         return x_BTD.astype(jnp.float32)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

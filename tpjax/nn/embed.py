@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from tpjax.config import ModelConfig
 from tpjax.nn.param import value, weight
 from tpjax.ops.embed import lookup
 from tpjax.plan import Plan
@@ -11,9 +12,10 @@ from tpjax.plan import Plan
 class Embed(nnx.Module):
     """Rows of a table; ``vocab`` is rounded up so that every device holds equally many."""
 
-    def __init__(self, vocab: int, width: int, *, plan: Plan, dtype: str):
-        self.plan = plan
-        self.w = weight((plan.dim("vocab", vocab), plan.dim("embed", width)), dtype)
+    def __init__(self, width: int, *, plan: Plan, config: ModelConfig):
+        self.plan, self.dtype = plan, config.dtype
+        rows = plan.dim("vocab", config.vocab)
+        self.w = weight((rows, plan.dim("embed", width)), config.held)
 
     def __call__(self, token_BT: jax.Array) -> jax.Array:
-        return lookup(self.plan, value(self.w), token_BT)
+        return lookup(self.plan, value(self.w), token_BT).astype(self.dtype)

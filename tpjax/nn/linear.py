@@ -10,6 +10,7 @@ B sequences, T tokens, R = B T rows, I input features, O output features.
 import jax
 from flax import nnx
 
+from tpjax.config import ModelConfig
 from tpjax.nn.norm import Normed, RMSNorm
 from tpjax.nn.param import value, weight
 from tpjax.ops.matmul import matmul, matvec
@@ -25,11 +26,11 @@ class Linear(nnx.Module):
     added after that, so that it counts once.
     """
 
-    def __init__(self, out: Dim, in_: Dim, *, plan: Plan, dtype: str, bias: bool = False):
+    def __init__(self, out: Dim, in_: Dim, *, plan: Plan, config: ModelConfig, bias: bool = False):
         self.out_axis, self.in_axis = out.axis, in_.axis
         self.plan = plan
-        self.w = weight((out, in_), dtype)
-        self.b = weight((out,), dtype) if bias else None
+        self.w = weight((out, in_), config.held)
+        self.b = weight((out,), config.dtype) if bias else None
 
     def __call__(self, x_BTI: jax.Array | Normed, onto_BTO: jax.Array | None = None) -> jax.Array:
         """``onto``: what the product is added to, and whose dtype the result has."""

@@ -23,7 +23,7 @@ class MLP(nnx.Module):
     column, down by row, one sum."""
 
     def __init__(self, config: ModelConfig, plan: Plan, width: int | None = None):
-        linear = functools.partial(Linear, plan=plan, dtype=config.dtype, bias=config.mlp_bias)
+        linear = functools.partial(Linear, plan=plan, config=config, bias=config.mlp_bias)
         F, D = plan.dim("mlp", width or config.mlp), plan.dim("embed", config.embed)
         self.act = config.act
         self.gate = linear(F, D) if config.gated else None

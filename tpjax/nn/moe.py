@@ -19,7 +19,7 @@ class MoE(nnx.Module):
     its gate; all in one sum over the devices, if they are split alike."""
 
     def __init__(self, config: ModelConfig, plan: Plan):
-        moe, dtype = config.moe, config.dtype
+        moe, dtype = config.moe, config.held
         assert moe is not None
         self.config, self.plan = config, plan
         E, F = plan.dim("experts", moe.experts), plan.dim("expert_mlp", moe.mlp)
@@ -30,7 +30,7 @@ class MoE(nnx.Module):
         self.down = weight((E, D, F), dtype)
         if moe.shared_mlp:
             self.shared = MLP(config, plan, moe.shared_mlp)
-            self.shared_gate = Linear(Dim(None, 1, 1), D, plan=plan, dtype=dtype)
+            self.shared_gate = Linear(Dim(None, 1, 1), D, plan=plan, config=config)
 
     def __call__(self, x_BTD: jax.Array | Normed, onto_BTD: jax.Array | None = None) -> jax.Array:
         plan, moe = self.plan, self.config.moe

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from tpjax.config import MoE
+from tpjax.ops import tiles
 from tpjax.plan import Plan
 
-TILE = 1 << 20  # bytes of a weight looked at together on a CPU: what stays in a core's cache
 BLOCK = 128  # most rows of one expert that are multiplied together
 
 
@@ -77,7 +77,7 @@ def route(
     x_RD: jax.Array, router_ED: jax.Array, per_token: int, renormalise: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's experts, best first, and their shares in float32: a softmax over all experts."""
-    score_RE = _dot(x_RD.astype(jnp.float32), router_ED.astype(jnp.float32))
+    score_RE = tiles.dot(x_RD.astype(jnp.float32), router_ED.astype(jnp.float32))
     share_RX, expert_RX = jax.lax.top_k(jax.nn.softmax(score_RE, axis=-1), per_token)
     if renormalise:
         share_RX = share_RX / jnp.sum(share_RX, axis=-1, keepdims=True)
@@ -114,7 +114,7 @@ class _Blocks:
     def __call__(self, x_RD, weights: Experts, expert_RX, mine_RX, share_RX, act) -> jax.Array:
         R, X = expert_RX.shape
         E = weights.gate_EFD.shape[0]
-        M = self._rows(R, X, weights.router_ED.shape[0], x_RD.dtype)
+        M = self._rows(R, X, weights.router_ED.shape[0])
         expert_P = jnp.where(mine_RX, expert_RX, E).reshape(R * X)
         pair_P = jnp.argsort(expert_P, stable=True)
         count_E = jnp.sum(expert_P[:, None] == jnp.arange(E)[None, :], axis=0, dtype=jnp.int32)
@@ -139,41 +139,12 @@ class _Blocks:
         nothing_RD = jnp.broadcast_to(0.0 * share_RX[:, :1], x_RD.shape)
         return jax.lax.fori_loop(0, last_E[-1], block, nothing_RD)
 
-    def _rows(self, R: int, X: int, experts: int, dtype) -> int:
-        """Twice what one of all experts gets on average, as a power of two; in 16 bits at least two
-        rows, since a CPU is slow with one."""
+    def _rows(self, R: int, X: int, experts: int) -> int:
+        """Twice what one of all experts gets on average, as a power of two."""
         usual = 1 << (max(1, 2 * R * X // experts) - 1).bit_length()
-        least = 2 if self.on_cpu and dtype != jnp.float32 else 1
-        return max(least, min(R, usual, BLOCK))
+        return min(R, usual, BLOCK)
 
     def _product(self, x_MI: jax.Array, w_EOI: jax.Array, expert: jax.Array) -> jax.Array:
         """``x @ w[expert].T``. A slice whose place is only known at run time is copied before a
         matrix product; on a CPU it is therefore taken in tiles that stay in the cache."""
-        _, O, I = w_EOI.shape  # noqa: E741
-        tile = O if not self.on_cpu else max(1, min(O, TILE // (I * w_EOI.dtype.itemsize)))
-        two_bytes_on_cpu = self.on_cpu and w_EOI.dtype.itemsize == 2
-        cut = _slice_of_bits if two_bytes_on_cpu else jax.lax.dynamic_slice
-
-        def part(n, y_MO):
-            start = jnp.minimum(n * tile, O - tile)  # the last one overlaps the one before
-            zero = start * 0
-            w_1OI = cut(w_EOI, (expert, start, zero), (1, tile, I))
-            return jax.lax.dynamic_update_slice(y_MO, _dot(x_MI, w_1OI[0]), (zero, start))
-
-        y_MO = jnp.zeros((x_MI.shape[0], O), jnp.float32)
-        return jax.lax.fori_loop(0, -(-O // tile), part, y_MO)
-
-
-def _slice_of_bits(w: jax.Array, start: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """A slice of a two-byte type, taken of integers: XLA on a CPU would convert all experts to
-    float32 first. The barrier keeps the cast with the slice, inside the loop."""
-    w, start = jax.lax.optimization_barrier((w, start))
-    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(bits, start, sizes), w.dtype)
-
-
-def _dot(x_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x_RI.dtype == jnp.float32 else None
-    return jnp.einsum(
-        "RI,OI->RO", x_RI, w_OI, precision=precision, preferred_element_type=jnp.float32
-    )
+        return tiles.product(x_MI, w_EOI, expert, self.on_cpu)

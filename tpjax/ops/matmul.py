@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tpjax import native
+from tpjax.ops import tiles
 from tpjax.plan import Plan
 
 
@@ -25,13 +26,15 @@ def matmul(
     plan: Plan, x_RI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
 ) -> jax.Array:
     """``x @ w.T`` in float32, not yet summed over the devices that share the input axis. Float32
-    operands are multiplied at full precision (a GPU would otherwise round them to TF32).
+    operands are multiplied at full precision (a GPU would otherwise round them to TF32); so is, on a
+    CPU, float32 with a matrix of 16 bits.
 
     Both operands have two dimensions: with a third, XLA on a CPU transposes the weight first.
     """
     partial = plan.mesh_axes(in_axis)
     weights = w_OI.size // plan.shards(out_axis) // plan.shards(in_axis)
-    if product := _on_a_cpu(plan, x_RI.shape[0] // plan.shards("batch"), x_RI.dtype, weights):
+    rows = x_RI.shape[0] // plan.shards("batch")
+    if product := _on_a_cpu(plan, rows, x_RI.dtype, w_OI.dtype, weights):
         return jax.shard_map(
             product,
             mesh=plan.mesh,
@@ -39,33 +42,21 @@ def matmul(
             out_specs=plan.spec("batch", out_axis, partial=partial),
             check_vma=False,
         )(x_RI, w_OI)
-    return _dot(x_RI, w_OI, out_sharding=plan.spec("batch", out_axis, partial=partial))
-
-
-def _dot(x_RI: jax.Array, w_OI: jax.Array, **more) -> jax.Array:
-    return jnp.einsum(
-        "RI,OI->RO",
-        x_RI,
-        w_OI,
-        precision=jax.lax.Precision.HIGHEST if x_RI.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-        **more,
-    )
+    return tiles.dot(x_RI, w_OI, out_sharding=plan.spec("batch", out_axis, partial=partial))
 
 
 def _on_a_cpu(
-    plan: Plan, rows: int, dtype, weights: int
+    plan: Plan, rows: int, dtype, held, weights: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """What each device better does than XLA's product, if there is something. On a CPU: our own
-    kernel, if it could be built; if not, two rows for one of 16 bits, because XLA's fast kernels
-    refuse one row, and what it does instead copies every weight to float32 on every call
-    (BENCHMARKS.md, "bfloat16 on a CPU")."""
+    kernel, if it could be built; if not, a matrix of 16 bits is widened a tile at a time for one
+    row, or for rows of float32 (BENCHMARKS.md, "bfloat16 on a CPU")."""
     if plan.platform != "cpu":
         return None
-    if native.wins(rows, dtype, weights):
+    if native.wins(rows, dtype, held, weights):
         return functools.partial(native.product, devices=plan.mesh.devices.size)
-    if rows == 1 and dtype != jnp.float32:
-        return lambda x_1I, w_OI: _dot(jnp.concatenate([x_1I, x_1I]), w_OI)[:1]
+    if held != jnp.float32 and (rows == 1 or dtype == jnp.float32):
+        return lambda x_RI, w_OI: tiles.product(x_RI, w_OI[None])
     return None
 
 
