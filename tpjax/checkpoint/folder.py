@@ -200,8 +200,8 @@ def _impossible_rope(rope: Rope, head_dim: int) -> str | None:
 
 
 def choose_dtype(asked: str, stored: str, platform: str) -> str:
-    """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is exact and decodes one
-    sequence as fast as bfloat16 (BENCHMARKS.md)."""
+    """``auto`` is the checkpoint's dtype, but float32 on a CPU, where it is exact and, for
+    a checkpoint of bfloat16, decodes as fast (BENCHMARKS.md)."""
     check_dtype(asked)
     if asked != "auto":
         return asked

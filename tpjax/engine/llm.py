@@ -131,18 +131,20 @@ class LLM:
                 f"max_model_len={max_model_len} is more than the model's own limit"
                 f" max_position_embeddings={config.max_position}"
             )
-        source = None if random_weights else load.open_source(self.folder.path, verify)
-        narrow = load.all_bfloat16(source) if source else self.folder.stored_dtype == "bfloat16"
-        if self.plan.platform == "cpu" and dtype == "float32" and narrow:
-            # Exact all the same, in half the bytes: they are widened where they are multiplied.
-            config = replace(config, matrix_dtype="bfloat16")
-        self.config = config
         buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
-        self.table = WeightTable(config, self.plan)
+        narrow = self.plan.platform == "cpu" and dtype == "float32"
+        narrow = narrow and self.folder.stored_dtype == "bfloat16"
+        # Exact all the same, in half the bytes: they are widened where they are multiplied.
+        self.config = replace(config, matrix_dtype="bfloat16") if narrow else config
+        self.table = WeightTable(self.config, self.plan)
         self.padding = padding(self.table)
         if self.padding.costs:
             say(str(self.padding))
         self.memory = check_memory(self.table, buckets)
+        source = None if random_weights else load.open_source(self.folder.path, verify)
+        if narrow and source and not load.all_bfloat16(source):  # some are wider than it says
+            self.config, self.table = config, WeightTable(config, self.plan)
+            self.padding, self.memory = padding(self.table), check_memory(self.table, buckets)
         self.eos_ids = folders.eos_ids(self.folder.generation)
         if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
             say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")

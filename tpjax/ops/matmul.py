@@ -26,8 +26,8 @@ def matmul(
     plan: Plan, x_RI: jax.Array, w_OI: jax.Array, out_axis: str | None, in_axis: str | None
 ) -> jax.Array:
     """``x @ w.T`` in float32, not yet summed over the devices that share the input axis. Float32
-    operands are multiplied at full precision (a GPU would otherwise round them to TF32); so is, on a
-    CPU, float32 with a matrix of 16 bits.
+    operands are multiplied at full precision (a GPU would otherwise round them to TF32); so is,
+    on a CPU, float32 with a matrix of 16 bits.
 
     Both operands have two dimensions: with a third, XLA on a CPU transposes the weight first.
     """

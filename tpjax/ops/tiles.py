@@ -1,5 +1,5 @@
-"""Products with matrices that XLA on a CPU would copy, or widen, whole: a tile at a time, which stays
-in a core's cache.
+"""Products with matrices that XLA on a CPU would copy, or widen, whole: a tile at a time,
+which stays in a core's cache.
 
 M rows, E matrices, I input and O output features.
 """
@@ -13,9 +13,9 @@ TILE = 1 << 20  # bytes of a matrix looked at together
 def product(
     x_MI: jax.Array, w_EOI: jax.Array, which: int | jax.Array = 0, on_cpu: bool = True
 ) -> jax.Array:
-    """``x @ w[which].T`` in float32. A matrix of 16 bits meets a single row, and rows of float32, as
-    float32: XLA's kernels of 16 bits want two rows, and bring the matrix into an order of their own
-    on every call. Elsewhere a matrix is taken as one tile, as it is."""
+    """``x @ w[which].T`` in float32. A matrix of 16 bits meets a single row, and rows of float32,
+    as float32: XLA's kernels of 16 bits want two rows, and bring the matrix into an order of their
+    own on every call. Elsewhere a matrix is taken as one tile, as it is."""
     _, O, I = w_EOI.shape  # noqa: E741
     tile = max(1, min(O, TILE // (I * w_EOI.dtype.itemsize))) if on_cpu else O
     by_bits = on_cpu and w_EOI.dtype.itemsize == 2
@@ -37,8 +37,8 @@ def product(
 
 
 def _cut_bits(w: jax.Array, at: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """A slice of a two-byte type, taken of integers: XLA on a CPU would convert all of it to float32
-    first. The barrier keeps the cast with the slice, inside the loop."""
+    """A slice of a two-byte type, taken of integers: XLA on a CPU would convert all of it to
+    float32 first. The barrier keeps the cast with the slice, inside the loop."""
     w, at = jax.lax.optimization_barrier((w, at))
     return jax.lax.dynamic_slice(jax.lax.bitcast_convert_type(w, jnp.uint16), at, sizes)
 
