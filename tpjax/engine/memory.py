@@ -8,6 +8,7 @@ import psutil
 from tpjax.buckets import Buckets, at_a_time
 from tpjax.cache import KVCache
 from tpjax.errors import ResourceError
+from tpjax.ops.tiles import TILE
 from tpjax.planner import memory as planned
 from tpjax.weights import WeightTable
 
@@ -51,7 +52,8 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
 def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     """What steps hold at once on one device: on accelerators what `tpjax plan` says; on a CPU an
     upper bound: scores and shares of the largest chunk in float32, against as much of the context
-    as is attended to at a time, and a few rows of the widest activation."""
+    as is attended to at a time, a few rows of the widest activation, and a tile of
+    a matrix of 16 bits as float32."""
     config, split = table.config, table.plan.tensor_degree
     if table.plan.platform != "cpu":
         layout, rows = table.plan.layout, buckets.batch[-1] // table.plan.data
@@ -64,7 +66,9 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     scores = 2 * heads * at_a_time(buckets.context)
     widest = 4 * (-(-config.mlp // split) + 2 * config.embed)
     logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
-    return 4 * (chunk * (scores + widest) + logits)
+    narrow = [s.bytes_per_device for s in table.specs if len(s.dims) > 1 and s.dtype.itemsize == 2]
+    tiles = 4 * min(TILE, max(narrow, default=0))  # in float32, and one beside it
+    return 4 * (chunk * (scores + widest) + logits) + tiles
 
 
 def _free(device) -> int:

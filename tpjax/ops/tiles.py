@@ -27,10 +27,12 @@ def product(
         zero = start * 0
         at, sizes = (zero + which, start, zero), (1, tile, I)
         if by_bits:
-            w_1OI = _as_number(_cut_bits(w_EOI, at, sizes), w_EOI.dtype, wide)
+            # Not before x is there, or XLA would do it for all layers at once.
+            x, w, at = jax.lax.optimization_barrier((x_MI, w_EOI, at))
+            w_1OI = _as_number(_cut_bits(w, at, sizes), w_EOI.dtype, wide)
         else:
-            w_1OI = jax.lax.dynamic_slice(w_EOI, at, sizes)
-        return jax.lax.dynamic_update_slice(y_MO, dot(x_MI, w_1OI[0]), (zero, start))
+            x, w_1OI = x_MI, jax.lax.dynamic_slice(w_EOI, at, sizes)
+        return jax.lax.dynamic_update_slice(y_MO, dot(x, w_1OI[0]), (zero, start))
 
     y_MO = jnp.zeros((x_MI.shape[0], O), jnp.float32)
     return jax.lax.fori_loop(0, -(-O // tile), part, y_MO)
@@ -38,8 +40,7 @@ def product(
 
 def _cut_bits(w: jax.Array, at: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
     """A slice of a two-byte type, taken of integers: XLA on a CPU would convert all of it to
-    float32 first. The barrier keeps the cast with the slice, inside the loop."""
-    w, at = jax.lax.optimization_barrier((w, at))
+    float32 first."""
     return jax.lax.dynamic_slice(jax.lax.bitcast_convert_type(w, jnp.uint16), at, sizes)
 
 
