@@ -52,8 +52,8 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
 def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     """What steps hold at once on one device: on accelerators what `tpjax plan` says; on a CPU an
     upper bound: scores and shares of the largest chunk in float32, against as much of the context
-    as is attended to at a time, a few rows of the widest activation, and a tile of
-    a matrix of 16 bits as float32."""
+    as is attended to at a time, a few rows of the widest activation, and tiles of
+    matrices of 16 bits as float32."""
     config, split = table.config, table.plan.tensor_degree
     if table.plan.platform != "cpu":
         layout, rows = table.plan.layout, buckets.batch[-1] // table.plan.data
@@ -67,7 +67,8 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     widest = 4 * (-(-config.mlp // split) + 2 * config.embed)
     logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
     narrow = [s.bytes_per_device for s in table.specs if len(s.dims) > 1 and s.dtype.itemsize == 2]
-    tiles = 4 * min(TILE, max(narrow, default=0))  # in float32, and one beside it
+    # Tiles in float32. What is one tile XLA may widen long before it is multiplied.
+    tiles = 4 * TILE * bool(narrow) + sum(2 * size for size in narrow if size <= TILE)
     return 4 * (chunk * (scores + widest) + logits) + tiles
 
 

@@ -27,7 +27,7 @@ def product(
         zero = start * 0
         at, sizes = (zero + which, start, zero), (1, tile, I)
         if by_bits:
-            # Not before x is there, or XLA would do it for all layers at once.
+            # Inside the loop: what depends on nothing there XLA does before it, for all tiles.
             x, w, at = jax.lax.optimization_barrier((x_MI, w_EOI, at))
             w_1OI = _as_number(_cut_bits(w, at, sizes), w_EOI.dtype, wide)
         else:
