@@ -353,8 +353,8 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
         " read_bandwidth read_bandwidth_share"
     ).split():
         assert result[name] > 0, name
-    # What a step reads: every weight of this tied model once, matrices in the 16 bits they are stored
-    # in, norms on both devices; and the cache of two sequences.
+    # What a step reads: every weight of this tied model once, matrices in 16 bits as they are
+    # stored, norms on both devices; and the cache of two sequences.
     norms = 11 * 256
     cache = 2 * 5 * 2 * 32 * 4 * 32 * 4
     assert result["bytes_per_token"] == 2 * (result["parameters"] - norms) + 2 * 4 * norms + cache
