@@ -64,7 +64,9 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, d
         least = 2 * TILE + 1 if tiled else 2 * smallest
         large = [one for one in program.made(text) if one.moves and one.array.bytes >= least]
         assert [one for one in large if one.array.dtype in ("bf16", "f32")] == []
-        assert compiled.memory_analysis().temp_size_in_bytes < 2 * config.vocab * config.embed // 2
+        head = config.vocab * config.embed // 2  # elements; what is one tile may be widened early
+        most = (4 if tiled else 2) * head
+        assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
 @pytest.mark.slow
