@@ -13,7 +13,8 @@ from tpjax.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight and how it is cut. ``parts``: into how many pieces, dimension by dimension."""
+    """One weight and how it is cut. ``parts``: into how many pieces, dimension by dimension.
+    ``itemsize`` is the dtype's, unless 8-bit weights are planned with."""
 
     path: str
     dims: tuple[Dim, ...]

@@ -34,10 +34,10 @@ LARGE = 1 << 21  # weights on one device
 
 
 def wins(rows: int, dtype, held, weights: int) -> bool:
-    """Whether `product` is there and faster than XLA's of rows of ``dtype`` with so many weights
-    held in ``held`` (BENCHMARKS.md,
-    "Products on a CPU"): one row of float32 XLA reads as fast where the matrix is small, and many
-    it multiplies as fast; many of bfloat16 it does not, where the processor multiplies them."""
+    """Whether `product` is there and faster than XLA's (BENCHMARKS.md, "Products on a CPU"), for
+    rows of ``dtype`` and so many weights, which are ``held`` in the same or in bfloat16. One row of
+    float32 XLA reads as fast where the matrix is small, and many it multiplies as fast; many of
+    bfloat16 it does not, where the processor multiplies them."""
     if dtype not in (jnp.bfloat16, jnp.float32) or held not in (jnp.bfloat16, dtype) or not ready():
         return False
     if dtype == jnp.bfloat16:
