@@ -148,8 +148,8 @@ def times_used(llm: tpjax.LLM, step: str, kernel: str = native.PRODUCT) -> int:
 @needs_it
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.extra)])
 def test_where_it_is_used(dtype, quiet):
-    """With matrices of 16 bits, for few rows of either dtype; of a chunk of a prompt, for its one row
-    of logits, and for all of it where the processor multiplies bfloat16."""
+    """With matrices of 16 bits, for few rows of either dtype; of a chunk of a prompt, for its one
+    row of logits, and for all of it where the processor multiplies bfloat16."""
     llm = tpjax.LLM(bundled(), 2, dtype=dtype, max_model_len=64, max_num_seqs=4, **quiet)
     every = 7 * llm.config.layers + 1
     assert times_used(llm, "decode[b1]") == times_used(llm, "decode[b4]") == every
