@@ -55,6 +55,19 @@ def test_any_shape(rows, features, outputs, dtypes, devices):
 
 
 @needs_it
+@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"])
+def test_many_rows_whose_inputs_come_in_parts(dtypes):
+    """More inputs than meet a panel at once, and a tail that fills no vector; sums are added up."""
+    rng = np.random.default_rng(0)
+    x, w = (
+        jnp.asarray(rng.normal(size=(n, 4500)), dtype)
+        for n, dtype in zip((43, 70), dtypes.split(), strict=True)
+    )
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert np.abs(np.asarray(native.product(x, w, 1)) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@needs_it
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_devices_that_help_each_other_compute_the_same(rows):
     """Eight devices on these processors: most of them wait, and work for others while they do."""
@@ -128,6 +141,25 @@ def test_attention_of_any_shape(tokens, rows, kv, groups, positions, features, s
 
 
 @needs_it
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scores", [Scores(0.1), Scores(0.1, window=500), Scores(0.1, softcap=3.0)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_attention_of_many_tokens(groups, scores, dtype):
+    """Several blocks of positions, in some of which the first or the last tokens see nothing."""
+    rng = np.random.default_rng(groups)
+    tokens, positions, kv, features = 130, 1300, 2, 72
+    q = jnp.asarray(rng.normal(size=(2, tokens, kv * groups, features)), dtype)
+    k, v = (jnp.asarray(rng.normal(size=(2, kv, positions, features)), dtype) for _ in "kv")
+    at = jnp.asarray([470, 1100], jnp.int32)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    want = np.asarray(attention_ref.attend(*wide, at[:, None] + jnp.arange(tokens)[None], scores))
+    held = held_dtype(dtype, on_cpu=True)
+    got = native.attend(q, as_dtype(k, held), as_dtype(v, held), at, 1, *scores)
+    few = 1e-5 if dtype == "float32" else 1e-2
+    assert np.abs(np.asarray(got, np.float32) - want).max() <= few
+
+
+@needs_it
 def test_attention_that_does_not_fit_is_refused():
     q, k, at = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 3, 8, 8)), jnp.zeros(1, jnp.int32)
     with pytest.raises(Exception, match=r"q\[B,T,N,H\]"):
@@ -148,13 +180,11 @@ def times_used(llm: tpjax.LLM, step: str, kernel: str = native.PRODUCT) -> int:
 @needs_it
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.extra)])
 def test_where_it_is_used(dtype, quiet):
-    """With matrices of 16 bits, for few rows of either dtype; of a chunk of a prompt, for its one
-    row of logits, and for all of it where the processor multiplies bfloat16."""
+    """For few rows and for many, of either dtype, with matrices of 16 bits."""
     llm = tpjax.LLM(bundled(), 2, dtype=dtype, max_model_len=64, max_num_seqs=4, **quiet)
     every = 7 * llm.config.layers + 1
     assert times_used(llm, "decode[b1]") == times_used(llm, "decode[b4]") == every
-    many = every if native.wins(32, jnp.dtype(dtype), jnp.bfloat16, 1) else 1
-    assert times_used(llm, "prefill[t32]") == many
+    assert times_used(llm, "prefill[t32]") == every
     for step in ("decode[b4]", "prefill[t32]"):
         assert times_used(llm, step, native.ATTEND) == llm.config.layers
 
@@ -164,7 +194,7 @@ def test_one_row_of_float32_only_with_a_large_matrix():
     assert [native.wins(1, wide, wide, n) for n in (2**20, 2**21)] == [False, True]
     assert native.wins(2, wide, wide, 1) and native.wins(1, narrow, narrow, 1)
     assert native.wins(1, wide, narrow, 1) and not native.wins(1, narrow, wide, 2**30)
-    assert not native.wins(9, wide, wide, 2**30) and not native.wins(1, half, half, 2**30)
+    assert native.wins(512, wide, wide, 1) and not native.wins(1, half, half, 2**30)
 
 
 @needs_it

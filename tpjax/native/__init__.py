@@ -29,20 +29,16 @@ PRODUCT, ATTEND = "tpjax_product", "tpjax_attend"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 SECONDS = 300  # it takes ten
-MOST_ROWS = 8  # of a product that is as fast as its weights are read
 LARGE = 1 << 21  # weights on one device
 
 
 def wins(rows: int, dtype, held, weights: int) -> bool:
     """Whether `product` is there and faster than XLA's (BENCHMARKS.md, "Products on a CPU"), for
     rows of ``dtype`` and so many weights, which are ``held`` in the same or in bfloat16. One row of
-    float32 XLA reads as fast where the matrix is small, and many it multiplies as fast; many of
-    bfloat16 it does not, where the processor multiplies them."""
+    float32 XLA reads as fast where the matrix is small."""
     if dtype not in (jnp.bfloat16, jnp.float32) or held not in (jnp.bfloat16, dtype) or not ready():
         return False
-    if dtype == jnp.bfloat16:
-        return rows <= _most_rows()
-    return rows <= MOST_ROWS and (rows > 1 or held != dtype or weights >= LARGE)
+    return held == jnp.bfloat16 or rows > 1 or weights >= LARGE
 
 
 def product(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
@@ -97,11 +93,6 @@ def ready() -> bool:
     return not why_not()
 
 
-def why_not() -> str:
-    """Why there is no kernel; empty if there is."""
-    return _built()[1]
-
-
 def identity() -> tuple[str, str, int]:
     """What a program for CPUs depends on beside its own text: which kernels of ours it calls, the
     processor, and how many of them share the work."""
@@ -109,32 +100,23 @@ def identity() -> tuple[str, str, int]:
     return why_not() or _name(compiler or ""), _machine(), _processors()
 
 
-def _most_rows() -> int:
-    return _built()[0]
-
-
 @functools.cache
-def _built() -> tuple[int, str]:
-    """How many rows of bfloat16 are multiplied at most, and why there is no kernel."""
+def why_not() -> str:
+    """Why there is no kernel; empty if there is."""
     if not env.native_kernels():
-        return 0, "TPJAX_NATIVE=0 turns it off"
+        return "TPJAX_NATIVE=0 turns it off"
     compiler = _compiler()
     if compiler is None:
-        return 0, f"no C++ compiler ({', '.join(COMPILERS)})"
+        return f"no C++ compiler ({', '.join(COMPILERS)})"
     try:
         library = _library(compiler)
         functions = {name: getattr(library, name) for name in (PRODUCT, ATTEND)}
-        most = library.tpjax_most_rows
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return (
-            0,
-            f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}",
-        )
+        return f"{compiler} could not build or load it: {(said.strip().splitlines() or ['?'])[0]}"
     for name, function in functions.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-    most.restype = ctypes.c_int64
-    return most(), ""
+    return ""
 
 
 @functools.cache
@@ -148,7 +130,7 @@ def _name(compiler: str) -> str:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
     ).stdout
-    text = [file.read_text() for file in (*SOURCES, FOLDER / "rows.h")]
+    text = [file.read_text() for file in (*SOURCES, *sorted(FOLDER.glob("*.h")))]
     about = (text, version, FLAGS, importlib.metadata.version("jaxlib"), _machine())
     return f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:20]}.so"
 

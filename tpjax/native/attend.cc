@@ -1,16 +1,23 @@
 // Attention of new tokens over the positions of the cache that each of them sees, for XLA on a CPU:
 // nothing else is read, and halves are widened on the way, in registers. In float32.
 //
-// The queries that share a key/value head, of one token or a few, are rows of the products. A row sees
-// what all of them see together; its share of the rest is zero.
+// The queries that share a key/value head are rows of the products. A row sees what all of them see
+// together; its share of the rest is zero. Of one token or a few, keys and values are read once, at
+// the memory's pace (rows.h). Of many tokens they are panels (panel.h), a block of positions after the
+// other: the largest score, the sum of shares and the result so far are scaled when a block raises the
+// first (the online softmax of FlashAttention, arXiv 2205.14135).
 
 #include <cmath>
 
-#include "rows.h"
+#include "panel.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
+
+constexpr int64_t kBlock = 512;  // positions that many rows see together
+constexpr int64_t kRows = 96;    // where there are many: a multiple of what one tile has
+constexpr int64_t kMany = 16;    // rows that are
 
 struct Scores {
   float scale, softcap;  // softcap: 0 is none
@@ -81,9 +88,19 @@ inline Floats Exp(Floats x) {
   return Bits<Floats>(Bits<Words>(p) + bits);
 }
 
-// Softmax of the positions [first, end) of one row, in place; zero for all others of `width`, whole
-// vectors.
-inline void Softmax(float* row, int64_t first, int64_t end, int64_t width, const Scores& scores) {
+// What a row has seen so far.
+struct Seen {
+  float top = -INFINITY, sum = 0;  // the largest score, and the sum of e^(score - top)
+};
+
+// The scores [first, end) of one row become e^(score - top), in place; all others of `width`, whole
+// vectors, zero. Returns what earlier shares are to be multiplied with, as `top` may have risen.
+inline float Share(float* row, int64_t first, int64_t end, int64_t width, const Scores& scores,
+                   Seen& seen) {
+  if (first >= end) {
+    std::fill(row, row + width, 0.0f);
+    return 1;
+  }
   float scale = scores.scale;
   if (scores.softcap > 0) {
     for (int64_t s = first; s < end; ++s) {
@@ -99,65 +116,135 @@ inline void Softmax(float* row, int64_t first, int64_t end, int64_t width, const
     tops = x > tops ? x : tops;
     std::memcpy(row + s, &x, sizeof(x));
   }
-  float top = -INFINITY;
+  float top = seen.top;
   for (int n = 0; n < kLanes; ++n) top = std::max(top, tops[n]);
   for (int64_t s = 0; s < width; s += kLanes) {
     Floats e = Exp(Load<Floats>(row + s) - top);
     sums += e;
     std::memcpy(row + s, &e, sizeof(e));
   }
-  float scaled = 1 / Sum(sums);
-  for (int64_t s = first; s < end; ++s) row[s] *= scaled;
   std::fill(row, row + first, 0.0f);
   std::fill(row + end, row + width, 0.0f);
+  float before = std::exp(seen.top - top);
+  seen.top = top, seen.sum = seen.sum * before + Sum(sums);
+  return before;
 }
 
-// One key/value head of one sequence: k and v [S][H]. The queries of `tokens` tokens from position `at`
-// on, whose rows are `stride` apart and hold G heads each, to o, which is like them.
-template <typename T>
-void Attend(const typename T::Stored* q, const typename T::Stored* k, const typename T::Stored* v,
-            float* o, int64_t tokens, int64_t at, int64_t stride, int64_t G, int64_t H,
-            const Scores& scores) {
-  auto begin = [&](int64_t t) {
-    return scores.window > 0 ? std::max<int64_t>(0, at + t + 1 - scores.window) : 0;
-  };
-  int64_t first = begin(0), len = at + tokens - first, rows = tokens * G;
-  int64_t width = (len + kLanes - 1) / kLanes * kLanes;
-  // Kept by the thread: memory that is asked for anew is cleared page by page.
-  thread_local std::vector<float> sorted, share, mixed;
-  thread_local std::vector<typename T::Stored> queries;
-  share.resize(std::max<size_t>(share.size(), rows * width));
-  mixed.resize(rows * H);
-  queries.resize(rows * H);
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::copy(q + t * stride, q + t * stride + G * H, queries.begin() + t * G * H);
+// One key/value head of one sequence, and the queries of some of its tokens that share it: G rows of
+// each token.
+template <typename Stored>
+struct Head {
+  const Stored *q, *k, *v;  // k and v [S][H]
+  float* o;                 // like q
+  int64_t tokens, at;       // how many, and the position of the first
+  int64_t stride;           // from a token to the next in q and o
+  int64_t G, H;
+  Scores scores;
+
+  int64_t Rows() const { return tokens * G; }
+  // The positions a row sees, [First, Last).
+  int64_t First(int64_t row) const {
+    return scores.window > 0 ? std::max<int64_t>(0, Last(row) - scores.window) : 0;
   }
-  k += first * H, v += first * H;
-  Range<T>(T::Rows(queries.data(), rows, H, sorted), k, share.data(), rows, H, width, 0, len);
+  int64_t Last(int64_t row) const { return at + row / G + 1; }
+
+  void Queries(std::vector<Stored>& to) const {
+    to.resize(Rows() * H);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy(q + t * stride, q + t * stride + G * H, to.begin() + t * G * H);
+    }
+  }
+  // The sums `mixed` of all rows over the sums of their shares.
+  void Results(const std::vector<float>& mixed, const std::vector<Seen>& seen) const {
+    for (int64_t r = 0; r < Rows(); ++r) {
+      const float* from = mixed.data() + r * H;
+      float* to = o + r / G * stride + r % G * H;
+      float scaled = 1 / seen[r].sum;
+      for (int64_t h = 0; h < H; ++h) to[h] = from[h] * scaled;
+    }
+  }
+};
+
+// What a thread needs. It keeps it: memory that is asked for anew is cleared page by page.
+template <typename Stored>
+struct Room {
+  std::vector<Stored> queries;
+  std::vector<float> held, share, mixed, values;
+  std::vector<Seen> seen;
+};
+
+template <typename T>
+void AttendFew(const Head<typename T::Stored>& head) {
+  thread_local Room<typename T::Stored> room;
+  int64_t rows = head.Rows(), H = head.H, first = head.First(0), len = head.Last(rows - 1) - first;
+  int64_t width = (len + kLanes - 1) / kLanes * kLanes;
+  auto *k = head.k + first * H, *v = head.v + first * H;
+  head.Queries(room.queries);
+  room.share.resize(std::max<size_t>(room.share.size(), rows * width));
+  room.mixed.resize(rows * H);
+  room.seen.assign(rows, {});
+  float *share = room.share.data(), *mixed = room.mixed.data();
+  auto* x = T::Rows(room.queries.data(), rows, H, room.held);
+  Range<T>(x, k, share, rows, H, width, 0, len);
   for (int64_t r = 0; r < rows; ++r) {
-    int64_t t = r / G;
-    Softmax(share.data() + r * width, begin(t) - first, at + t + 1 - first, width, scores);
+    Share(share + r * width, head.First(r) - first, head.Last(r) - first, width, head.scores,
+          room.seen[r]);
   }
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    Mix<4, T>(share.data() + r * width, v, mixed.data() + r * H, len, width, H);
-  }
-  for (; r < rows; ++r) {
-    Mix<1, T>(share.data() + r * width, v, mixed.data() + r * H, len, width, H);
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::copy(mixed.begin() + t * G * H, mixed.begin() + (t + 1) * G * H, o + t * stride);
-  }
+  for (; r + 4 <= rows; r += 4) Mix<4, T>(share + r * width, v, mixed + r * H, len, width, H);
+  for (; r < rows; ++r) Mix<1, T>(share + r * width, v, mixed + r * H, len, width, H);
+  head.Results(room.mixed, room.seen);
 }
 
+// H is a multiple of kLanes.
 template <typename T>
+void AttendMany(const Head<typename T::Stored>& head) {
+  thread_local Room<typename T::Stored> room;
+  int64_t rows = head.Rows(), H = head.H, last = head.Last(rows - 1);
+  head.Queries(room.queries);
+  room.share.resize(kRows * kBlock);
+  room.mixed.assign(rows * H, 0.0f);
+  room.seen.assign(rows, {});
+  float *share = room.share.data(), *mixed = room.mixed.data();
+  auto* x = As<typename T::Row>(room.queries.data(), rows * H, room.held);
+  for (int64_t block = head.First(0); block < last; block += kBlock) {
+    int64_t len = std::min(kBlock, last - block), width = (len + kLanes - 1) / kLanes * kLanes;
+    for (int64_t s = 0; s < len; s += kPanel * kLanes) {
+      int64_t some = std::min<int64_t>(kPanel * kLanes, len - s);
+      Panel<T>(x, head.k + (block + s) * H, share + s, rows, H, width, some);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t from = std::max<int64_t>(0, head.First(r) - block);
+      int64_t to = std::min(len, head.Last(r) - block);
+      float before = Share(share + r * width, from, to, width, head.scores, room.seen[r]);
+      for (int64_t h = 0; h < H; ++h) mixed[r * H + h] *= before;
+    }
+    // Values are a panel as they lie, once they are float32.
+    auto* values = As<float>(head.v + block * H, len * H, room.values);
+    auto* panel = reinterpret_cast<const uint32_t*>(values);
+    auto mix = [&](int64_t h, auto vectors) {
+      constexpr int64_t kFeatures = vectors * kLanes;
+      Tiles<vectors, Singles>(share, panel + h, mixed + h, rows, len, H, width, H, kFeatures, false);
+      return h + kFeatures;
+    };
+    int64_t h = 0;
+    while (h + kPanel * kLanes <= H) h = mix(h, std::integral_constant<int, kPanel>{});
+    while (h < H) h = mix(h, std::integral_constant<int, 1>{});
+  }
+  head.Results(room.mixed, room.seen);
+}
+
+// Few: how a few rows are held beside keys and values, Many: how many are.
+template <typename Few, typename Many>
 ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi::AnyBuffer q,
                ffi::AnyBuffer k, ffi::AnyBuffer v, const int32_t* position, float* o) {
-  using Stored = typename T::Stored;
+  using Stored = typename Few::Stored;
   auto shape = k.dimensions();
   int64_t B = shape[0], K = shape[1], S = shape[2], H = shape[3];
   int64_t new_tokens = q.dimensions()[1], N = q.dimensions()[2], G = N / K;
-  int64_t together = std::min(new_tokens, std::max<int64_t>(1, kMostRows / G));
+  bool many = new_tokens * G >= kMany && G <= kRows && H % kLanes == 0;
+  int64_t most = many ? kRows : kMostRows;
+  int64_t together = std::min(new_tokens, std::max<int64_t>(1, most / G));
   int64_t parts = (new_tokens + together - 1) / together;
   auto at = [](ffi::AnyBuffer x) { return static_cast<const Stored*>(x.untyped_data()); };
   InParallel(pool, threads, B * K * parts, [&](int64_t n) {
@@ -165,7 +252,8 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi
     int64_t place = std::clamp<int64_t>(position[b] + token, 0, S - 1);
     int64_t tokens = std::min({together, new_tokens - token, S - place});
     int64_t row = ((b * new_tokens + token) * N + head % K * G) * H, from = head * S * H;
-    Attend<T>(at(q) + row, at(k) + from, at(v) + from, o + row, tokens, place, N * H, G, H, scores);
+    auto attend = many ? AttendMany<Many> : AttendFew<Few>;
+    attend({at(q) + row, at(k) + from, at(v) + from, o + row, tokens, place, N * H, G, H, scores});
   });
   return ffi::Error::Success();
 }
@@ -184,10 +272,10 @@ ffi::Error AttendCached(ffi::ThreadPool pool, int64_t threads, float scale, floa
     return q.element_type() == query && k.element_type() == held && v.element_type() == held;
   };
   if (is(ffi::DataType::F32, ffi::DataType::F32)) {
-    return Run<F32>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
+    return Run<F32, Singles>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
   }
   if (is(ffi::DataType::BF16, ffi::DataType::U16)) {
-    return Run<BF16>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
+    return Run<BF16, Pairs>(pool, threads, scores, q, k, v, position.typed_data(), o->typed_data());
   }
   return ffi::Error::InvalidArgument("float32, or bfloat16 with a cache of its bits, is meant");
 }

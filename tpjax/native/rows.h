@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -66,34 +67,38 @@ inline float Sum(Floats x) {
   return sum[0];
 }
 
-#if defined(__AVX512F__)
-// Of two vectors the lanes at even and at odd places, in groups of one, two, four and eight.
-#define TPJAX_LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define TPJAX_HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#define TPJAX_LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define TPJAX_HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define TPJAX_LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define TPJAX_HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define TPJAX_LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define TPJAX_HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#endif
+// Of two vectors the lanes whose places have no kStep in them (kPart 0), or those that have (1); those
+// of b where the place in the result has it.
+template <int kStep, int kPart, typename V, int... kLane>
+inline V Part(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, ((kLane & ~kStep) + kPart * kStep + (kLane & kStep ? kLanes : 0))...);
+}
+
+template <int kStep, typename V>
+inline V Low(V a, V b) {
+  return Part<kStep, 0>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <int kStep, typename V>
+inline V High(V a, V b) {
+  return Part<kStep, 1>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <int kStep>
+inline void AddNeighbours(Floats* x) {
+#pragma GCC unroll 8
+  for (int n = 0; n < kLanes / 2 / kStep; ++n) {
+    Floats a = x[2 * n], b = x[2 * n + 1];
+    x[n] = Low<kStep>(a, b) + High<kStep>(a, b);
+  }
+}
 
 // The sums of kLanes vectors, in their order, left in the first of them: neighbours are added until
 // every lane is one vector's.
 inline void SumEach(Floats* x) {
-#if defined(__AVX512F__)
-#define TPJAX_NEIGHBOURS(step)                                \
-  for (int n = 0; n < 8 / step; ++n) {                        \
-    Floats a = x[2 * n], b = x[2 * n + 1];                    \
-    x[n] = __builtin_shufflevector(a, b, TPJAX_LOW##step) +   \
-           __builtin_shufflevector(a, b, TPJAX_HIGH##step);   \
-  }
-  TPJAX_NEIGHBOURS(1) TPJAX_NEIGHBOURS(2) TPJAX_NEIGHBOURS(4) TPJAX_NEIGHBOURS(8)
-#else
-  Floats sums = {};
-  for (int n = 0; n < kLanes; ++n) sums[n] = Sum(x[n]);
-  x[0] = sums;
-#endif
+  AddNeighbours<1>(x), AddNeighbours<2>(x), AddNeighbours<4>(x);
+  if constexpr (kLanes > 8) AddNeighbours<8>(x);
 }
 
 // How a matrix is stored; how x is held beside it, as `Row`s; and how kStep products of the two are
