@@ -152,7 +152,8 @@ def test_mutation_is_caught(apart, monkeypatch, mutation):
     assert apart(mutation) > TOLERANCE
 
 
-KERNELS = {"pairs": lambda on_cpu: island._pairs, "blocks without tiles": lambda _: _Blocks(False)}
+WHOLE = functools.partial(island.tiles.product, on_cpu=False)
+KERNELS = {"pairs": lambda _: island._pairs, "blocks without tiles": lambda _: _Blocks(WHOLE)}
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tpjax
 from tests import reference
+from tests.families import FAMILIES
 from tpjax import native
 from tpjax.audit.verdict import Audit
 from tpjax.checkpoint.folder import bundled
@@ -40,16 +41,18 @@ def built():
     outputs=st.integers(1, 150),
     dtypes=st.sampled_from(["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"]),
     devices=st.sampled_from([1, 8]),
+    which=st.integers(0, 2),
 )
-def test_any_shape(rows, features, outputs, dtypes, devices):
-    """Tails of vectors, of groups of rows, of panels and of chunks; with helpers and alone."""
+def test_any_shape(rows, features, outputs, dtypes, devices, which):
+    """Tails of vectors, of groups of rows, of panels and of chunks; with helpers and alone; one of
+    three matrices."""
     rng = np.random.default_rng([rows, features, outputs])
     x, w = (
-        jnp.asarray(rng.normal(size=(n, features)), dtype)
-        for n, dtype in zip((rows, outputs), dtypes.split(), strict=True)
+        jnp.asarray(rng.normal(size=(*n, features)), dtype)
+        for n, dtype in zip(((rows,), (3, outputs)), dtypes.split(), strict=True)
     )
-    got = np.asarray(native.product(x, w, devices))
-    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    got = np.asarray(native.product(x, w, which, devices))
+    want = np.asarray(x, np.float64) @ np.asarray(w[which], np.float64).T
     assert got.dtype == np.float32
     assert np.abs(got - want).max() <= 1e-5 * max(1.0, np.abs(want).max())
 
@@ -64,7 +67,7 @@ def test_many_rows_whose_inputs_come_in_parts(dtypes):
         for n, dtype in zip((43, 70), dtypes.split(), strict=True)
     )
     want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-    assert np.abs(np.asarray(native.product(x, w, 1)) - want).max() <= 1e-5 * np.abs(want).max()
+    assert np.abs(np.asarray(native.product(x, w[None], 0, 1)) - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @needs_it
@@ -80,14 +83,14 @@ def test_devices_that_help_each_other_compute_the_same(rows):
         split = jax.device_put(w, plan.sharding("mlp", None))
         with jax.set_mesh(mesh):
             product = jax.jit(lambda x, w: native_split(plan, x, w)).lower(whole, split).compile()
-        want = np.asarray(native.product(x, w, 1))
+        want = np.asarray(native.product(x, w[None], 0, 1))
         for _ in range(30):
             assert (np.asarray(product(whole, split)) == want).all()
 
 
 def native_split(plan, x, w):
     return jax.shard_map(
-        lambda x, w: native.product(x, w, 8),
+        lambda x, w: native.product(x, w[None], 0, 8),
         mesh=plan.mesh,
         in_specs=(plan.spec(None, None), plan.spec("mlp", None)),
         out_specs=plan.spec(None, "mlp"),
@@ -99,15 +102,15 @@ def native_split(plan, x, w):
 def test_what_is_not_a_number_stays_so():
     x, w = jnp.ones((1, 40), jnp.bfloat16), jnp.ones((3, 40), jnp.bfloat16)
     w = w.at[0, 39].set(jnp.nan).at[1, 0].set(jnp.inf)
-    assert np.asarray(native.product(x, w, 1)).tolist()[0][1:] == [np.inf, 40.0]
-    assert np.isnan(native.product(x, w, 1)[0, 0])
+    assert np.asarray(native.product(x, w[None], 0, 1)).tolist()[0][1:] == [np.inf, 40.0]
+    assert np.isnan(native.product(x, w[None], 0, 1)[0, 0])
 
 
 @needs_it
 def test_shapes_that_do_not_fit_are_refused():
     x, w = jnp.ones((1, 40)), jnp.ones((3, 41))
     with pytest.raises(Exception, match="are multiplied"):
-        jax.block_until_ready(native.product(x, w, 1))
+        jax.block_until_ready(native.product(x, w[None], 0, 1))
 
 
 @needs_it
@@ -187,6 +190,19 @@ def test_where_it_is_used(dtype, quiet):
     assert times_used(llm, "prefill[t32]") == every
     for step in ("decode[b4]", "prefill[t32]"):
         assert times_used(llm, step, native.ATTEND) == llm.config.layers
+
+
+@needs_it
+def test_experts_use_it_where_they_are(quiet, tmp_path):
+    """Three products of every block, beside four of the layer and the logits; one row of float32
+    with so small a matrix is XLA's."""
+    FAMILIES["mixtral"]["grouped"].make(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        llm = tpjax.LLM(tmp_path, 2, dtype=dtype, max_model_len=64, max_num_seqs=4, **quiet)
+        every, one = 7 * llm.config.layers, dtype == "bfloat16"
+        assert times_used(llm, "decode[b1]") == one * (every + 1)
+        assert times_used(llm, "prefill[t32]") == every + one
+        assert times_used(llm, "decode[b4]") == every + 1
 
 
 def test_one_row_of_float32_only_with_a_large_matrix():

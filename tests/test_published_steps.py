@@ -12,6 +12,7 @@ from tests import budgets
 from tests.audited import audited
 from tests.budgets import CASES
 from tests.published import published, resolved
+from tpjax import native
 from tpjax.audit.verdict import WIDENED
 from tpjax.checkpoint.folder import with_dtype
 from tpjax.models import FAMILIES
@@ -83,13 +84,18 @@ def scaled_down(dtype: str):
     return config
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "no kernel"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_experts_on_a_cpu_are_read_where_they_are(greedy, dtype):
+def test_experts_on_a_cpu_are_read_where_they_are(greedy, monkeypatch, dtype, kernel):
+    if kernel and not native.ready():
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(native, "ready", lambda: kernel)
     assert found_in(scaled_down(dtype), "decode[b1]", "cpu:1", context=512) == []
 
 
 def test_an_expert_copied_on_a_cpu_is_caught(greedy, monkeypatch):
     config = scaled_down("float32")
+    monkeypatch.setattr(native, "ready", lambda: False)
     monkeypatch.setattr(tiles, "TILE", 1 << 30)
     found = found_in(config, "decode[b1]", "cpu:1", context=512)
     assert any("an expert has" in p for p in found), found
@@ -100,6 +106,7 @@ def test_experts_widened_on_a_cpu_are_caught(greedy, monkeypatch):
         cut = jax.lax.dynamic_slice(w, at, sizes)
         return jax.lax.bitcast_convert_type(cut, jnp.uint16)
 
+    monkeypatch.setattr(native, "ready", lambda: False)
     monkeypatch.setattr(tiles, "_cut_bits", wide)
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
     found = found_in(scaled_down("bfloat16"), "decode[b1]", "cpu:1", context=512)

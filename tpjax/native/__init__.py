@@ -41,11 +41,13 @@ def wins(rows: int, dtype, held, weights: int) -> bool:
     return held == jnp.bfloat16 or rows > 1 or weights >= LARGE
 
 
-def product(x_RI: jax.Array, w_OI: jax.Array, devices: int) -> jax.Array:
-    """``x @ w.T`` in float32 on one of ``devices``, which share the processors: each has its own
-    thread, and more where there are more processors."""
-    shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_OI.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(PRODUCT, shape)(x_RI, w_OI, threads=_threads(devices))
+def product(x_RI: jax.Array, w_EOI: jax.Array, which: int | jax.Array, devices: int) -> jax.Array:
+    """``x @ w[which].T`` in float32 on one of ``devices``, which share the processors: each has its
+    own thread, and more where there are more processors. No matrix is copied, nor widened beyond
+    what meets some rows at once."""
+    shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_EOI.shape[1]), jnp.float32)
+    number = jnp.asarray(which, jnp.int32)
+    return jax.ffi.ffi_call(PRODUCT, shape)(x_RI, w_EOI, number, threads=_threads(devices))
 
 
 def attends(dtype) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from tpjax.config import MoE
 from tpjax.ops import tiles
+from tpjax.ops.matmul import on_a_cpu
 from tpjax.plan import Plan
 
 BLOCK = 128  # most rows of one expert that are multiplied together
@@ -43,6 +44,16 @@ def mixture(
     split = plan.mesh_axes("experts")
     on_cpu = plan.platform == "cpu"
 
+    def one_of(x_MI: jax.Array, w_EOI: jax.Array, expert: jax.Array) -> jax.Array:
+        """``x @ w[expert].T``. A slice whose place is only known at run time XLA copies before a
+        matrix product; on a CPU our own kernel does not, or it is taken in tiles that stay in the
+        cache."""
+        if not on_cpu:
+            return tiles.product(x_MI, w_EOI, expert, on_cpu=False)
+        _, O, I = w_EOI.shape  # noqa: E741
+        best = on_a_cpu(plan, x_MI.shape[0], x_MI.dtype, w_EOI.dtype, O * I)
+        return (best or tiles.product)(x_MI, w_EOI, expert)
+
     def local(x_RD, weights):
         expert_RX, share_RX = route(x_RD, weights.router_ED, moe.per_token, moe.renormalise)
         E = weights.gate_EFD.shape[0]
@@ -53,7 +64,7 @@ def mixture(
         # expert are multiplied together. A CPU has no such kernels and always does the latter.
         R = x_RD.shape[0]
         few = not on_cpu and moe.pair_by_pair(R, E)
-        run = _pairs if few else _Blocks(on_cpu)
+        run = _pairs if few else _Blocks(one_of)
         return run(x_RD, weights, expert_RX, mine_RX, share_RX, act)
 
     return jax.shard_map(
@@ -108,8 +119,8 @@ class _Blocks:
     """Rows sorted by expert, cut into blocks of one expert each, one block after another. As many
     blocks run as there are; an expert nobody chose is not read."""
 
-    def __init__(self, on_cpu: bool):
-        self.on_cpu = on_cpu
+    def __init__(self, product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]):
+        self._product = product  # of rows and one of many matrices
 
     def __call__(self, x_RD, weights: Experts, expert_RX, mine_RX, share_RX, act) -> jax.Array:
         R, X = expert_RX.shape
@@ -143,8 +154,3 @@ class _Blocks:
         """Twice what one of all experts gets on average, as a power of two."""
         usual = 1 << (max(1, 2 * R * X // experts) - 1).bit_length()
         return min(R, usual, BLOCK)
-
-    def _product(self, x_MI: jax.Array, w_EOI: jax.Array, expert: jax.Array) -> jax.Array:
-        """``x @ w[expert].T``. A slice whose place is only known at run time is copied before a
-        matrix product; on a CPU it is therefore taken in tiles that stay in the cache."""
-        return tiles.product(x_MI, w_EOI, expert, self.on_cpu)

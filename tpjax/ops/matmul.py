@@ -34,9 +34,10 @@ def matmul(
     partial = plan.mesh_axes(in_axis)
     weights = w_OI.size // plan.shards(out_axis) // plan.shards(in_axis)
     rows = x_RI.shape[0] // plan.shards("batch")
-    if product := _on_a_cpu(plan, rows, x_RI.dtype, w_OI.dtype, weights):
+    on_cpu = plan.platform == "cpu"
+    if on_cpu and (product := on_a_cpu(plan, rows, x_RI.dtype, w_OI.dtype, weights)):
         return jax.shard_map(
-            product,
+            lambda x_RI, w_OI: product(x_RI, w_OI[None], 0),
             mesh=plan.mesh,
             in_specs=(plan.spec("batch", in_axis), plan.spec(out_axis, in_axis)),
             out_specs=plan.spec("batch", out_axis, partial=partial),
@@ -45,18 +46,17 @@ def matmul(
     return tiles.dot(x_RI, w_OI, out_sharding=plan.spec("batch", out_axis, partial=partial))
 
 
-def _on_a_cpu(
+def on_a_cpu(
     plan: Plan, rows: int, dtype, held, weights: int
-) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """What each device better does than XLA's product, if there is something. On a CPU: our own
-    kernel, if it could be built; if not, a matrix of 16 bits is widened a tile at a time for one
-    row, or for rows of float32 (BENCHMARKS.md, "bfloat16 on a CPU")."""
-    if plan.platform != "cpu":
-        return None
+) -> Callable[[jax.Array, jax.Array, int | jax.Array], jax.Array] | None:
+    """What each device of a CPU better does than XLA's product, if there is something: ``x_RI``
+    with one matrix of ``w_EOI``. Our own kernel, if it could be built; if not, a matrix of 16 bits
+    is widened a tile at a time for one row, or for rows of float32 (BENCHMARKS.md, "Products on a
+    CPU")."""
     if native.wins(rows, dtype, held, weights):
         return functools.partial(native.product, devices=plan.mesh.devices.size)
     if held != jnp.float32 and (rows == 1 or dtype == jnp.float32):
-        return lambda x_RI, w_OI: tiles.product(x_RI, w_OI[None])
+        return tiles.product
     return None
 
 
