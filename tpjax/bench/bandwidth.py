@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpjax.checkpoint.room import Room
+
 _REPEATS = 7
 
 
@@ -18,10 +20,15 @@ def read_bandwidth(platform: str, mib: int = 512) -> float:
 
 
 def _host(mib: int) -> float:
-    # One dot product per core reads its own block and nothing else; BLAS releases the GIL, and it
-    # reads as fast as a C program that sums the same bytes.
+    # One dot product per core reads its own block and nothing else; BLAS releases the GIL. Of 64
+    # bits, as that of float32 adds up slower than some memory is read; and where weights lie, as
+    # pages of four kilobytes are read slower too (BENCHMARKS.md).
     cores = os.cpu_count() or 1
-    blocks = [np.ones((mib << 18) // cores, np.float32) for _ in range(cores)]
+    numbers = (mib << 17) // cores
+    room = Room([8 * numbers] * cores)
+    blocks = [room.empty((numbers,), np.dtype(np.float64)) for _ in range(cores)]
+    for block in blocks:
+        block.fill(1)
     with ThreadPoolExecutor(cores) as pool:
         return _rate(sum(b.nbytes for b in blocks), lambda: list(pool.map(lambda b: b @ b, blocks)))
 

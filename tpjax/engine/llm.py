@@ -146,8 +146,8 @@ class LLM:
             self.config, self.table = config, WeightTable(config, self.plan)
             self.padding, self.memory = padding(self.table), check_memory(self.table, buckets)
         self.eos_ids = folders.eos_ids(self.folder.generation)
-        if self.plan.platform == "cpu" and dtype == "bfloat16" and not native.ready():
-            say(f"no kernel of our own for bfloat16, decode is slower: {native.why_not()}")
+        if self.plan.platform == "cpu" and dtype != "float16" and not native.ready():
+            say(f"no kernels of our own for this CPU, XLA's are slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
         self.tokenizer = None
         prompts = as_prompts(expect)

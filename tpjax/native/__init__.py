@@ -2,8 +2,8 @@
 attention over the cache (`attend.cc`).
 
 XLA has nothing fast there for bfloat16: it repacks every weight on every call, and widens what it
-reads of the cache. Without a compiler it is used all the same; `ready` says whether, `why_not` why
-not.
+reads of the cache. With float32 it cannot read a matrix of bfloat16, and is a little slower.
+Without a compiler it is used all the same; `ready` says whether, `why_not` why not.
 """
 
 import ctypes
@@ -43,8 +43,7 @@ def wins(rows: int, dtype, held, weights: int) -> bool:
 
 def product(x_RI: jax.Array, w_EOI: jax.Array, which: int | jax.Array, devices: int) -> jax.Array:
     """``x @ w[which].T`` in float32 on one of ``devices``, which share the processors: each has its
-    own thread, and more where there are more processors. No matrix is copied, nor widened beyond
-    what meets some rows at once."""
+    own thread, and more where there are more processors. No matrix is copied or widened whole."""
     shape = jax.ShapeDtypeStruct((x_RI.shape[0], w_EOI.shape[1]), jnp.float32)
     number = jnp.asarray(which, jnp.int32)
     return jax.ffi.ffi_call(PRODUCT, shape)(x_RI, w_EOI, number, threads=_threads(devices))

@@ -1,11 +1,12 @@
 // Attention of new tokens over the positions of the cache that each of them sees, for XLA on a CPU:
-// nothing else is read, and halves are widened on the way, in registers. In float32.
+// nothing else is read. In float32.
 //
-// The queries that share a key/value head are rows of the products. A row sees what all of them see
-// together; its share of the rest is zero. Of one token or a few, keys and values are read once, at
-// the memory's pace (rows.h). Of many tokens they are panels (panel.h), a block of positions after the
-// other: the largest score, the sum of shares and the result so far are scaled when a block raises the
-// first (the online softmax of FlashAttention, arXiv 2205.14135).
+// The queries that share a key/value head, of one token or several, are rows of the products. A row
+// sees what all of them see together; its share of the rest is zero. With a few rows, keys and values
+// are read once, at the memory's pace, and widened in registers (rows.h). With many they are panels
+// (panel.h), a block of positions after the other: the largest score, the sum of shares and the result
+// so far are scaled when a block raises the first (the online softmax of FlashAttention, arXiv
+// 2205.14135).
 
 #include <cmath>
 
@@ -16,8 +17,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kBlock = 512;  // positions that many rows see together
-constexpr int64_t kRows = 96;    // where there are many: a multiple of what one tile has
-constexpr int64_t kMany = 16;    // rows that are
+constexpr int64_t kRows = 96;    // at most, where there are many; a multiple of what one tile has
 
 struct Scores {
   float scale, softcap;  // softcap: 0 is none
@@ -167,7 +167,7 @@ struct Head {
 
 // What a thread needs. It keeps it: memory that is asked for anew is cleared page by page.
 template <typename Stored>
-struct Room {
+struct Kept {
   std::vector<Stored> queries;
   std::vector<float> held, share, mixed, values;
   std::vector<Seen> seen;
@@ -175,7 +175,7 @@ struct Room {
 
 template <typename T>
 void AttendFew(const Head<typename T::Stored>& head) {
-  thread_local Room<typename T::Stored> room;
+  thread_local Kept<typename T::Stored> room;
   int64_t rows = head.Rows(), H = head.H, first = head.First(0), len = head.Last(rows - 1) - first;
   int64_t width = (len + kLanes - 1) / kLanes * kLanes;
   auto *k = head.k + first * H, *v = head.v + first * H;
@@ -199,7 +199,7 @@ void AttendFew(const Head<typename T::Stored>& head) {
 // H is a multiple of kLanes.
 template <typename T>
 void AttendMany(const Head<typename T::Stored>& head) {
-  thread_local Room<typename T::Stored> room;
+  thread_local Kept<typename T::Stored> room;
   int64_t rows = head.Rows(), H = head.H, last = head.Last(rows - 1);
   head.Queries(room.queries);
   room.share.resize(kRows * kBlock);
@@ -242,7 +242,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi
   auto shape = k.dimensions();
   int64_t B = shape[0], K = shape[1], S = shape[2], H = shape[3];
   int64_t new_tokens = q.dimensions()[1], N = q.dimensions()[2], G = N / K;
-  bool many = new_tokens * G >= kMany && G <= kRows && H % kLanes == 0;
+  bool many = new_tokens * G > kFew<Many> && G <= kRows && H % kLanes == 0;
   int64_t most = many ? kRows : kMostRows;
   int64_t together = std::min(new_tokens, std::max<int64_t>(1, most / G));
   int64_t parts = (new_tokens + together - 1) / together;

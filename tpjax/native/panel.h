@@ -55,6 +55,17 @@ struct Pairs {
 using Pairs = Widening;
 #endif
 
+// Rows for which bringing a panel into order takes longer than it saves: more where they meet it in half
+// the time.
+template <typename T>
+constexpr int64_t kFew = 16 * T::kInputs;
+
+// A thread's panel.
+inline uint32_t* Room() {
+  thread_local std::vector<uint32_t> room(kDeep * kPanel * kLanes + 16);
+  return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+}
+
 // Rows as they are, or widened into `room`.
 template <typename Row, typename X>
 const Row* As(const X* x, int64_t count, std::vector<float>& room) {
@@ -169,14 +180,13 @@ void Tiles(const typename T::Row* x, const uint32_t* panel, float* y, int64_t ro
 template <int V, typename T>
 void Vectors(const typename T::Row* x, const typename T::Stored* w, float* y, int64_t rows,
              int64_t in, int64_t out, int64_t outputs) {
-  thread_local std::vector<uint32_t> room(kDeep * kPanel * kLanes + 16);
-  auto panel = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
-  int64_t all = in / T::kInputs;
-  for (int64_t k = 0; k < all; k += kDeep) {
+  uint32_t* panel = Room();
+  int64_t all = in / T::kInputs, k = 0;
+  do {
     int64_t words = std::min(kDeep, all - k), at = k * T::kInputs;
     Pack<V, T>(w + at, outputs, words, in, panel);
     Tiles<V, T>(x + at, panel, y, rows, words, V * kLanes, in, out, outputs, k == 0);
-  }
+  } while ((k += kDeep) < all);
 }
 
 // All rows with the `outputs` of one panel, at most kPanel kLanes; `in` is a multiple of kInputs.

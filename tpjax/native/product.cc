@@ -12,13 +12,6 @@ namespace {
 
 constexpr int64_t kChunk = 64;  // outputs of a few rows that one thread takes at a time
 
-// Rows for which bringing a panel into order takes longer than it saves.
-#if defined(__AVX512F__)
-constexpr int64_t kFew = 32;
-#else
-constexpr int64_t kFew = 16;
-#endif
-
 // Few: how x, which comes as X, is held beside the matrix when it has few rows; Many: when it has many.
 template <typename Few, typename Many, typename X>
 ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w, int64_t n,
@@ -28,10 +21,10 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
   auto* matrix = static_cast<const typename Few::Stored*>(w.untyped_data()) + n * out * in;
   auto in_chunks = [&](int64_t chunk, auto work) {
     InParallel(pool, threads, (out + chunk - 1) / chunk,
-               [&](int64_t n) { work(n * chunk, std::min(out, (n + 1) * chunk)); });
+               [&](int64_t c) { work(c * chunk, std::min(out, (c + 1) * chunk)); });
   };
   std::vector<float> room;
-  if (rows > kFew && in % Many::kInputs == 0) {
+  if (rows > kFew<Many> && in % Many::kInputs == 0) {
     auto* held = As<typename Many::Row>(given, rows * in, room);
     in_chunks(kPanel * kLanes, [&](int64_t first, int64_t last) {
       Panel<Many>(held, matrix + first * in, y + first, rows, in, out, last - first);
@@ -48,7 +41,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
 ffi::Error Product(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                    ffi::BufferR0<ffi::S32> which, ffi::ResultBuffer<ffi::F32> y) {
   auto xs = x.dimensions(), ws = w.dimensions();
-  if (xs.size() != 2 || ws.size() != 3 || xs[1] != ws[2]) {
+  if (xs.size() != 2 || ws.size() != 3 || xs[1] != ws[2] || ws[0] < 1) {
     return ffi::Error::InvalidArgument("x[R,I] and one of w[N,O,I] are multiplied");
   }
   int64_t n = std::clamp<int64_t>(which.typed_data()[0], 0, ws[0] - 1);

@@ -71,8 +71,13 @@ inline float Sum(Floats x) {
 // of b where the place in the result has it.
 template <int kStep, int kPart, typename V, int... kLane>
 inline V Part(V a, V b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(
-      a, b, ((kLane & ~kStep) + kPart * kStep + (kLane & kStep ? kLanes : 0))...);
+#define TPJAX_FROM ((kLane & ~kStep) + kPart * kStep + (kLane & kStep ? kLanes : 0))
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, TPJAX_FROM...);
+#else  // before version 12 gcc has only this
+  return __builtin_shuffle(a, b, Words{static_cast<uint32_t>(TPJAX_FROM)...});
+#endif
+#undef TPJAX_FROM
 }
 
 template <int kStep, typename V>

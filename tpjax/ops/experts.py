@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from tpjax.config import MoE
 from tpjax.ops import tiles
-from tpjax.ops.matmul import on_a_cpu
+from tpjax.ops.matmul import product_on_cpu
 from tpjax.plan import Plan
 
 BLOCK = 128  # most rows of one expert that are multiplied together
@@ -51,7 +51,7 @@ def mixture(
         if not on_cpu:
             return tiles.product(x_MI, w_EOI, expert, on_cpu=False)
         _, O, I = w_EOI.shape  # noqa: E741
-        best = on_a_cpu(plan, x_MI.shape[0], x_MI.dtype, w_EOI.dtype, O * I)
+        best = product_on_cpu(plan, x_MI.shape[0], x_MI.dtype, w_EOI.dtype, O * I)
         return (best or tiles.product)(x_MI, w_EOI, expert)
 
     def local(x_RD, weights):

@@ -35,7 +35,7 @@ def matmul(
     weights = w_OI.size // plan.shards(out_axis) // plan.shards(in_axis)
     rows = x_RI.shape[0] // plan.shards("batch")
     on_cpu = plan.platform == "cpu"
-    if on_cpu and (product := on_a_cpu(plan, rows, x_RI.dtype, w_OI.dtype, weights)):
+    if on_cpu and (product := product_on_cpu(plan, rows, x_RI.dtype, w_OI.dtype, weights)):
         return jax.shard_map(
             lambda x_RI, w_OI: product(x_RI, w_OI[None], 0),
             mesh=plan.mesh,
@@ -46,7 +46,7 @@ def matmul(
     return tiles.dot(x_RI, w_OI, out_sharding=plan.spec("batch", out_axis, partial=partial))
 
 
-def on_a_cpu(
+def product_on_cpu(
     plan: Plan, rows: int, dtype, held, weights: int
 ) -> Callable[[jax.Array, jax.Array, int | jax.Array], jax.Array] | None:
     """What each device of a CPU better does than XLA's product, if there is something: ``x_RI``
