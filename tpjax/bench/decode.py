@@ -108,9 +108,9 @@ def measure(args: argparse.Namespace) -> dict:
     first, decode = (list(column) for column in zip(*ours, strict=True))
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
-    limit = max(bandwidth) * (1 if llm.plan.platform == "cpu" else _devices(llm))
+    limits = [one * (1 if llm.plan.platform == "cpu" else _devices(llm)) for one in bandwidth]
     compile_s = round(report.compile_s, 3)
-    decoded = _decoded(args, llm, decode, limit, prompts[0]) if args.max_tokens else {}
+    decoded = _decoded(args, llm, decode, limits, prompts[0]) if args.max_tokens else {}
     tokens = args.batch * args.prompt_length
     return {
         "kind": args.kind,
@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace) -> dict:
         "prefill_tok_s": round(tokens / statistics.median(first), 2),
         "prefill_tok_s_spread": [round(tokens / t, 2) for t in (max(first), min(first))],
         **decoded,
-        "read_bandwidth": round(limit),
+        "read_bandwidth": round(max(limits)),
         "peers": {
             peer.name: _beside(peer, seconds, first, decode, args)
             for peer, seconds in rounds.items()
@@ -220,18 +220,27 @@ class Watched:
 
 
 def _decoded(
-    args: argparse.Namespace, llm: "LLM", decode: list[float], limit: float, prompt: list[int]
+    args: argparse.Namespace,
+    llm: "LLM",
+    decode: list[float],
+    limits: list[float],
+    prompt: list[int],
 ) -> dict:
     buckets = llm.executables.buckets
     step_bytes = bytes_per_step(llm, buckets.batch[-1], buckets.context)
     per_token = statistics.median(decode) / args.max_tokens
     tokens = args.batch * args.max_tokens
+    # Of what was probed in the same round: the memory's pace changes from one to the next.
+    shares = [
+        step_bytes * args.max_tokens / seconds / limit
+        for seconds, limit in zip(decode, limits, strict=True)
+    ]
     return {
         "decode_tok_s": round(tokens / statistics.median(decode), 2),
         "decode_tok_s_spread": [round(tokens / t, 2) for t in (max(decode), min(decode))],
         "ms_per_token": round(per_token * 1e3, 3),
         "bytes_per_token": step_bytes,
-        "read_bandwidth_share": round(step_bytes / per_token / limit, 3),
+        "read_bandwidth_share": round(statistics.median(shares), 3),
         "host_ms": host_ms(llm, prompt),
     }
 
