@@ -12,6 +12,7 @@ import pytest
 
 from tpjax import cli, env
 from tpjax.bench import peers, record
+from tpjax.bench.decode import read_share
 
 ROOT = Path(__file__).parent.parent
 
@@ -366,3 +367,8 @@ def test_bench_decode_prints_one_object_and_records_a_row(capsys, tmp_path):
     row = lines[lines.index(record.HEADING) + 4]
     assert row.count("|") == record.COLUMNS.count("|") + 2
     assert 0 <= result["host_ms"]["many"] <= result["host_ms"]["each"] + 1
+
+
+def test_a_share_is_of_what_was_probed_in_the_same_round():
+    """As much in every round, while the memory's pace changes."""
+    assert read_share(6, [2.0, 1.0, 3.0], [6.0, 12.0, 4.0]) == 0.5

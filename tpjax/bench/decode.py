@@ -219,6 +219,12 @@ class Watched:
         return sum(max(0.0, call - end) for end, call in pairs)
 
 
+def read_share(read: int, seconds: list[float], limits: list[float]) -> float:
+    """Median share of the bandwidth, bytes per second, that was probed in the same round: the
+    memory's pace changes from one to the next. ``read``: bytes in ``seconds``."""
+    return statistics.median(read / s / limit for s, limit in zip(seconds, limits, strict=True))
+
+
 def _decoded(
     args: argparse.Namespace,
     llm: "LLM",
@@ -230,17 +236,12 @@ def _decoded(
     step_bytes = bytes_per_step(llm, buckets.batch[-1], buckets.context)
     per_token = statistics.median(decode) / args.max_tokens
     tokens = args.batch * args.max_tokens
-    # Of what was probed in the same round: the memory's pace changes from one to the next.
-    shares = [
-        step_bytes * args.max_tokens / seconds / limit
-        for seconds, limit in zip(decode, limits, strict=True)
-    ]
     return {
         "decode_tok_s": round(tokens / statistics.median(decode), 2),
         "decode_tok_s_spread": [round(tokens / t, 2) for t in (max(decode), min(decode))],
         "ms_per_token": round(per_token * 1e3, 3),
         "bytes_per_token": step_bytes,
-        "read_bandwidth_share": round(statistics.median(shares), 3),
+        "read_bandwidth_share": round(read_share(step_bytes * args.max_tokens, decode, limits), 3),
         "host_ms": host_ms(llm, prompt),
     }
 
