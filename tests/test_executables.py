@@ -67,7 +67,7 @@ def test_stop_ids_and_counts_end_a_row_on_the_device(llm):
         row = Row(5, 0, remaining, 7, params, stop_ids)
         packed = exe.upload(sampling.pack([row, None, row]))
         limit = exe.upload(np.asarray(wanted, np.int32))
-        _, drawn = exe["decode[b3]"](llm.weights, exe["zeros[b3]"](), packed, limit)
+        _, drawn, _ = exe["decode[b3]"](llm.weights, exe["zeros[b3]"](), packed, limit)
         tokens = np.asarray(drawn.token_B)
         assert (tokens[:, 1] == -1).all() and (tokens[:, 0] == tokens[:, 2]).all()
         return tokens[:, 0].tolist()
@@ -88,8 +88,9 @@ def test_a_device_knows_what_it_is_asked_next(llm):
 
     def dispatch(rows: list[Row | None], wanted: int):
         packed = exe.upload(sampling.pack(rows))
-        _, drawn = exe["decode[b3]"](llm.weights, exe["zeros[b3]"](), packed, exe.number(wanted))
-        return np.asarray(drawn.token_B), np.asarray(exe["advance[b3]"](packed, drawn.token_B))
+        decode, cache, limit = exe["decode[b3]"], exe["zeros[b3]"](), exe.number(wanted)
+        _, drawn, packed = decode(llm.weights, cache, packed, limit)
+        return np.asarray(drawn.token_B), np.asarray(packed)
 
     for wanted in (1, 5):
         free, _ = dispatch([Row(5, 3, 20, 7, params, ())] * 3, wanted)

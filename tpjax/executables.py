@@ -39,7 +39,7 @@ def silent(name: str, number: int, total: int) -> Callable[[Built], None]:
 
 class Executables:
     """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
-    ``decode[b4]``, ``advance[b4]``, ``score[t128]``, ``states[t128]``."""
+    ``decode[b4]``, ``score[t128]``, ``states[t128]``."""
 
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
@@ -66,10 +66,10 @@ class Executables:
         batch = self.buckets.batch_for(sequences)
         zeros = [f"zeros[b{self.one}]"]
         if batch == 1:
-            return [*zeros, "decode[b1]", "advance[b1]"]
+            return [*zeros, "decode[b1]"]
         if batch != self.one:
             zeros.append(f"zeros[b{batch}]")
-        return [*zeros, *(f"{kind}[b{batch}]" for kind in ("insert", "decode", "advance"))]
+        return [*zeros, f"insert[b{batch}]", f"decode[b{batch}]"]
 
     def build(self, names: Iterable[str]) -> None:
         """Build what is not built yet, telling ``on_build`` before and after each."""
@@ -138,12 +138,7 @@ class Executables:
                 packed = small((rows_or_tokens, sampling.COLUMNS))
                 fn = functools.partial(step.decode_many, table, DISPATCH)
                 held = cache(rows_or_tokens)
-                return _Step(fn, (weights, held, packed, small(())), 1, (held, _DRAWN))
-            case "advance":
-                packed = small((rows_or_tokens, sampling.COLUMNS))
-                # Each its own function: jax would else answer from memory, whatever it was made of.
-                fn = functools.partial(step.advance)
-                return _Step(fn, (packed, small((DISPATCH, rows_or_tokens))), None, packed)
+                return _Step(fn, (weights, held, packed, small(())), 1, (held, _DRAWN, packed))
             case "score" | "states":
                 args = (small((one, rows_or_tokens)), small((one,)), small((one,)))
                 fn = functools.partial(getattr(step, kind), table)

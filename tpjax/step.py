@@ -78,9 +78,11 @@ def decode_many(
     cache: KVCache,
     packed_BC: jax.Array,
     wanted: jax.Array,
-) -> tuple[KVCache, Drawn]:
+) -> tuple[KVCache, Drawn, jax.Array]:
     """Up to ``wanted`` tokens (at most ``most``) for every sequence, stop conditions checked on the
-    device. Returns arrays with a leading axis N; -1 where a sequence had already ended."""
+    device. Returns arrays with a leading axis N; -1 where a sequence had already ended. The last
+    result is the ``packed`` with which the sequences go on: the next dispatch need not wait until
+    the host has seen these tokens."""
     rows = sampling.unpack(packed_BC)
     B = packed_BC.shape[0]
     out = Drawn(
@@ -101,7 +103,7 @@ def decode_many(
         token_B = jnp.where(live_B, drawn.token_B, -1)
         drawn = dataclasses.replace(drawn, token_B=token_B)
         out = jax.tree.map(lambda all_, new: all_.at[i].set(new), out, drawn)
-        stop_B = _ends(token_B, rows.stop_BE)
+        stop_B = jnp.any(token_B[:, None] == rows.stop_BE, axis=-1) | (token_B < 0)
         rows = dataclasses.replace(
             rows,
             token_B=jnp.where(live_B & (token_B >= 0), token_B, rows.token_B),
@@ -110,26 +112,9 @@ def decode_many(
         )
         return i + 1, cache, rows, out
 
-    _, cache, _, out = jax.lax.while_loop(going, body, (jnp.int32(0), cache, rows, out))
-    return cache, out
-
-
-def advance(packed_BC: jax.Array, token_NB: jax.Array) -> jax.Array:
-    """What `decode_many` is asked next, from what it was asked and the tokens it returned: so that
-    the next dispatch need not wait until the host has seen them."""
-    rows = sampling.unpack(packed_BC)
-    made_B = jnp.sum((token_NB != -1).astype(jnp.int32), axis=0)
-    last = jnp.maximum(made_B - 1, 0)[None]
-    token_B = jnp.take_along_axis(token_NB, last, axis=0)[0]
-    going_on = (made_B > 0) & ~_ends(token_B, rows.stop_BE)
-    remaining_B = jnp.where(going_on, rows.remaining_B - made_B, 0)
-    token_B = jnp.where(token_B >= 0, token_B, rows.token_B)
-    return sampling.repack(packed_BC, token_B, rows.position_B + made_B, remaining_B)
-
-
-def _ends(token_B: jax.Array, stop_BE: jax.Array) -> jax.Array:
-    """Whether a sequence ends with this token, or had ended before it."""
-    return jnp.any(token_B[:, None] == stop_BE, axis=-1) | (token_B < 0)
+    _, cache, rows, out = jax.lax.while_loop(going, body, (jnp.int32(0), cache, rows, out))
+    packed_BC = sampling.repack(packed_BC, rows.token_B, rows.position_B, rows.remaining_B)
+    return cache, out, packed_BC
 
 
 def insert(table: WeightTable, cache: KVCache, one: KVCache, slot_D: jax.Array) -> KVCache:

@@ -102,7 +102,7 @@ def _step(llm: "LLM", point: Point) -> Callable[[], float]:
         cache = exe[f"zeros[b{batch}]"]()
         jax.block_until_ready(cache)
         start = time.perf_counter()
-        _, drawn = exe[f"decode[b{batch}]"](llm.weights, cache, packed, limit)
+        _, drawn, _ = exe[f"decode[b{batch}]"](llm.weights, cache, packed, limit)
         jax.block_until_ready(drawn)
         return (time.perf_counter() - start) / STEPS
 

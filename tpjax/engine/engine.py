@@ -8,7 +8,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,11 +25,11 @@ WAITED_FOR = 8  # tokens per dispatch while a queue, or a stop string, waits for
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Tokens that a device is making or has made: of whom, and from what."""
+    """Tokens that a device is making or has made: of whom, and with what they go on."""
 
     slots: list[Request | None]
-    packed: Any
     drawn: Drawn
+    packed: jax.Array
 
 
 class Engine:
@@ -155,10 +154,11 @@ class Engine:
         if after is None:
             packed = self.exe.upload(sampling.pack([r.row() if r else None for r in slots]))
         else:
-            packed = self.exe[f"advance[b{batch}]"](after.packed, after.drawn.token_B)
+            packed = after.packed
         limit = self.exe.number(min(wanted, DISPATCH))
-        cache, drawn = self.exe[f"decode[b{batch}]"](self.weights, cache, packed, limit)
-        return cache, Dispatch(slots, packed, drawn)
+        decode = self.exe[f"decode[b{batch}]"]
+        cache, drawn, packed = decode(self.weights, cache, packed, limit)
+        return cache, Dispatch(slots, drawn, packed)
 
     def _read(self, landed: Dispatch) -> Drawn:
         """What was drawn, on the host; logprobs only if somebody has asked for them."""
