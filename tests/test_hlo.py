@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.audited import audited, steps
+from tests.audited import audited, compiled, steps
 from tests.published import published
 from tpjax import native
 from tpjax.audit import program
@@ -44,6 +44,20 @@ def test_the_other_sum_algorithm_is_two_halves():
     assert audit.findings() == []
 
 
+def test_layers_share_their_temporaries(monkeypatch):
+    """On a CPU without our kernels, where every product has a tile of its matrix widened."""
+    monkeypatch.setattr(native, "ready", lambda: False)
+    config = replace(SMALL, dtype="bfloat16", embed=512, mlp=2048)
+    for name in ("decode[b1]", "prefill[t32]"):
+        sizes = [
+            compiled(steps(replace(config, layers=layers), "cpu:2", context=64), name)
+            .memory_analysis()
+            .temp_size_in_bytes
+            for layers in (2, 5)
+        ]
+        assert sizes[1] < 1.1 * sizes[0]
+
+
 @pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.extra)])
 @pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "no compiler"])
 def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, data, kernel):
@@ -56,8 +70,8 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, d
     exe = steps(config, "cpu:8", context=64, rows=4, data=data, tensor=2)
     smallest = config.embed * config.kv_heads * config.head_dim // 2  # elements, a key projection
     for name in (f"decode[b{data}]", "decode[b4]", "prefill[t32]"):
-        compiled = exe.lower(name).compile()
-        text = compiled.as_text()
+        built = compiled(exe, name)
+        text = built.as_text()
         fast = text.count("__ynn_fusion") + text.count(f'custom_call_target="{native.PRODUCT}"')
         tiled = not kernel and name == f"decode[b{data}]"  # a row meets tiles, which are widened
         assert tiled or fast >= 8, f"{name}: products outside the fast paths"
@@ -66,7 +80,7 @@ def test_bfloat16_on_a_cpu_neither_widens_nor_transposes_a_weight(monkeypatch, d
         assert [one for one in large if one.array.dtype in ("bf16", "f32")] == []
         head = config.vocab * config.embed // 2  # elements; what is one tile may be widened early
         most = (4 if tiled else 2) * head
-        assert compiled.memory_analysis().temp_size_in_bytes < most
+        assert built.memory_analysis().temp_size_in_bytes < most
 
 
 @pytest.mark.slow

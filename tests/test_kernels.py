@@ -66,7 +66,7 @@ def test_sums_in_the_graphs_of_the_whole_sampler(monkeypatch):
     assert launches is not None and (launches.graphs, launches.outside) == (2, 0)
 
 
-def test_options_are_for_decode_on_several_gpus(monkeypatch):
+def test_options_are_for_decode_on_several_gpus_and_for_cpus(monkeypatch):
     """And an executable that is kept is known by them."""
     config = shortened(find("llama-3.1-8b").config, 1)
     gpus, one, cpus = (steps(config, hardware) for hardware in ("h100:2", "h100:1", "cpu:2"))
@@ -75,8 +75,10 @@ def test_options_are_for_decode_on_several_gpus(monkeypatch):
     monkeypatch.setenv("TPJAX_GRAPHED_SUMS", "1")
     assert gpus.options("decode[b1]").keys() == {"xla_gpu_enable_command_buffer"}
     assert gpus.options("prefill[t32]") == one.options("decode[b1]") == {}
-    assert cpus.options("decode[b1]") == {}
+    assert cpus.options("decode[b1]").keys() == {"xla_cpu_scheduler_type"}
     assert gpus._about("decode[b1]") != before[0] and gpus._about("prefill[t32]") == before[1]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT")
+    assert cpus.options("decode[b1]") == {}  # it is the user's to say
 
 
 @pytest.mark.parametrize(

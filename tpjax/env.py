@@ -49,6 +49,9 @@ _FLAG_VERSIONS = ("0.10.", "0.11.")  # an unknown name in XLA_FLAGS aborts the p
 # What XLA puts into CUDA graphs: an option replaces jaxlib 0.10's list, by the enum's full names.
 _GRAPHS = "xla_gpu_enable_command_buffer"
 _GRAPHED = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"
+# How XLA orders a CPU's program: to need little memory. By default layers do not share theirs, tens
+# of megabytes which are new pages to the system at every call (BENCHMARKS.md, "Products on a CPU").
+_ORDER = "xla_cpu_scheduler_type"
 _PLUGIN_NOISE = re.compile(
     rb"cudart_stub|before absl::InitializeLog|^\s*$|computation_placer.*already registered"
 )
@@ -170,6 +173,8 @@ def native_kernels() -> bool:
 def compiler_options(platform: str, kind: str, devices: int) -> dict[str, str | bool]:
     """XLA's options for one executable, beside its defaults: of a kind of step, on so many devices.
     Raises UsageError for what this jaxlib, or what the user has set, does not go with."""
+    if platform == "cpu" and _ORDER not in os.environ.get("XLA_FLAGS", ""):
+        return {_ORDER: "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     sums = platform == "gpu" and kind == "decode" and devices > 1
     if not sums or os.environ.get("TPJAX_GRAPHED_SUMS") != "1":
         return {}

@@ -13,7 +13,7 @@ from tpjax import sampling
 from tpjax.cache import KVCache
 from tpjax.ops.attention import insert_row
 from tpjax.ops.embed import last_token
-from tpjax.ops.sample import Drawn, Rows, sample
+from tpjax.ops.sample import Drawn, Rows, on_all, sample
 from tpjax.params import MAX_LOGPROBS
 from tpjax.weights import WeightTable
 
@@ -98,6 +98,7 @@ def decode_many(
 
     def body(state):
         i, cache, rows, out = state
+        rows = on_all(table.plan, rows)
         cache, drawn = decode(table, weights, cache, rows)
         live_B = rows.remaining_B > 0
         token_B = jnp.where(live_B, drawn.token_B, -1)

@@ -45,6 +45,16 @@ class Drawn:
 NOT_A_NUMBER = -2
 
 
+def on_all(plan: Plan, rows: Rows) -> Rows:
+    """The same rows, held by every device: in a loop XLA would leave each replica its own, as they
+    are first used there, and gather them for whatever comes next."""
+    every = plan.spec()
+    same = jax.shard_map(
+        lambda rows: rows, mesh=plan.mesh, in_specs=every, out_specs=every, check_vma=False
+    )
+    return same(rows)
+
+
 def sample(plan: Plan, vocab: int, logits_BV: jax.Array, rows: Rows) -> Drawn:
     """Draw every sequence's next token from logits split over the vocabulary.
 
@@ -162,7 +172,7 @@ def collectives(plan: Plan) -> dict[str, int]:
         "draw from all": 1,
         "logprobs": 3,
     }
-    replicas = {"which branch": 4, "tokens and logprobs": 4, "last token": 1}
+    replicas = {"which branch": 4, "tokens and logprobs": 4}
     split = 1 if plan.shards("vocab") > 1 else 0
     copies = 1 if plan.data > 1 else 0
     return {"all-gather": split * sum(vocab.values()) + copies * sum(replicas.values())}
