@@ -10,7 +10,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kChunk = 64;  // outputs of a few rows that one thread takes at a time
+// Outputs of a few rows that one thread takes at a time: microseconds, as long as the others may have to
+// wait for the last of them.
+constexpr int64_t kChunk = 16;
 
 // Few: how x, which comes as X, is held beside the matrix when it has few rows; Many: when it has many.
 template <typename Few, typename Many, typename X>
