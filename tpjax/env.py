@@ -50,7 +50,7 @@ _FLAG_VERSIONS = ("0.10.", "0.11.")  # an unknown name in XLA_FLAGS aborts the p
 _GRAPHS = "xla_gpu_enable_command_buffer"
 _GRAPHED = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"
 # How XLA orders a CPU's program: to need little memory. By default layers do not share theirs, tens
-# of megabytes which are new pages to the system at every call (BENCHMARKS.md, "Beside other systems").
+# of megabytes, new pages to the system at every call (BENCHMARKS.md, "Beside other systems").
 _ORDER = "xla_cpu_scheduler_type"
 _PLUGIN_NOISE = re.compile(
     rb"cudart_stub|before absl::InitializeLog|^\s*$|computation_placer.*already registered"
