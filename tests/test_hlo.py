@@ -48,14 +48,13 @@ def test_layers_share_their_temporaries(monkeypatch):
     """On a CPU without our kernels, where every product has a tile of its matrix widened."""
     monkeypatch.setattr(native, "ready", lambda: False)
     config = replace(SMALL, dtype="bfloat16", embed=512, mlp=2048)
-    for name in ("decode[b1]", "prefill[t32]"):
-        sizes = [
-            compiled(steps(replace(config, layers=layers), "cpu:2", context=64), name)
-            .memory_analysis()
-            .temp_size_in_bytes
-            for layers in (2, 5)
-        ]
-        assert sizes[1] < 1.1 * sizes[0]
+    few, more = (
+        compiled(steps(replace(config, layers=layers), "cpu:2", context=64), "decode[b1]")
+        .memory_analysis()
+        .temp_size_in_bytes
+        for layers in (1, 4)
+    )
+    assert more < 1.1 * few
 
 
 @pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.extra)])
