@@ -19,9 +19,9 @@ from tpjax.plan import Plan
 from tpjax.weights import WeightTable
 
 
-@given(st.integers(2, 9000), st.integers(1, 70), st.integers(1, 8), st.data())
-def test_buckets_hold_every_request(max_model_len, max_num_seqs, data, draw):
-    buckets = Buckets.make(max_model_len, max_num_seqs, data)
+@given(st.integers(2, 9000), st.integers(1, 70), st.integers(1, 8), st.booleans(), st.data())
+def test_buckets_hold_every_request(max_model_len, max_num_seqs, data, fitted, draw):
+    buckets = Buckets.make(max_model_len, max_num_seqs, data, fitted)
     assert buckets.context >= max_model_len
     prompt = draw.draw(st.integers(1, max_model_len))
     start = 0
@@ -36,6 +36,26 @@ def test_buckets_hold_every_request(max_model_len, max_num_seqs, data, draw):
     assert max_num_seqs <= buckets.batch[-1] < max_num_seqs + data
     for sequences in range(1, max_num_seqs + 1):
         assert buckets.batch_for(sequences) >= sequences
+
+
+@given(st.integers(1, 4000))
+def test_where_tokens_cost_less_than_half_of_a_call_is_padding(prompt):
+    fitted = Buckets.make(4096, 1, 1, fitted=True)
+    assert sum(fitted.chunk_sizes(prompt)) < max(2 * prompt, fitted.chunks[0] + 1)
+    assert len(fitted.chunk_sizes(prompt)) <= prompt // 512 + 5
+
+
+def test_how_prompts_are_cut():
+    fitted, other = (Buckets.make(4096, 1, 1, fitted) for fitted in (True, False))
+    for prompt, here, elsewhere in (
+        (5, [8], [32]),
+        (16, [8, 8], [32]),
+        (17, [32], [32]),
+        (40, [32, 8], [128]),
+        (65, [128], [128]),
+        (512 + 130, [512, 128, 8], [512, 512]),
+    ):
+        assert fitted.chunk_sizes(prompt) == here and other.chunk_sizes(prompt) == elsewhere
 
 
 @pytest.fixture(scope="module")

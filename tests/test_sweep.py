@@ -2,10 +2,13 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.test_cli import main
+from tpjax.audit.program import collectives
+from tpjax.bench import sweep
 from tpjax.bench.sweep import Point, fitted, points
 from tpjax.errors import UsageError
 
@@ -73,8 +76,32 @@ def test_a_sweep_of_the_bundled_model(capsys, tmp_path):
     for p in found:
         assert p["ms_spread"][0] <= p["ms_per_step"] <= p["ms_spread"][1]
         assert p["tok_s"] == pytest.approx(1e3 * p["batch"] / p["ms_per_step"], rel=0.01)
+        assert p["sums_share"] is None  # nothing to compare
+    # A device holds its half of the weights and of the cache, which a step of one sequence reads.
+    assert found[0]["bytes_per_step"] == 2 * found[0]["bytes_per_device"]
     assert result["sweep"]["worst_beyond_fit"] == max(p["beyond_fit"] for p in found)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_sums_cost_is_told_where_degrees_are_compared(capsys, tmp_path, monkeypatch):
+    """By the same step without them, which has none left but the embedding's and the sampler's."""
+    kept = []
+    without = sweep._without_sums
+    monkeypatch.setattr(sweep, "_without_sums", lambda llm: kept.append(without(llm)) or kept[-1])
+    file = tmp_path / "sweep.svg"
+    words = ("bench", "decode", "--sweep", "tensor=1/2", "--devices", "2", "--json", "--quiet")
+    code, out, _ = main(capsys, *words, "--plot", str(file))
+    assert code == 0
+    one, two = json.loads(out)["sweep"]["points"]
+    assert one["sums_share"] is None and two["sums_share"] < 1
+    assert 0.5 < two["bytes_per_device"] / one["bytes_per_device"] < 0.51  # norms are whole
+    assert b"share of the sums" in file.read_bytes()
+    (exe,) = kept
+    text = exe["decode[b1]"].as_text()
+    sums = [c for c in collectives(text, dict(exe.table.plan.mesh.shape)) if c.kind == "all-reduce"]
+    assert {c.where for c in sums} == {"embed"}
+    with pytest.raises(UsageError, match="known are xla, rs_ag$"):
+        replace(exe.table.plan, sum_algorithm="left out")
 
 
 def test_a_picture_with_no_place_is_refused_before_anything_is_measured(capsys):

@@ -4,9 +4,11 @@ Only what changes a shape is in a bucket: tokens per prefill chunk, sequences pe
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
 CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
+SHORT = 8  # one more of these where prompts are cut to fit
 BLOCK = 512  # cache positions attended to at a time, where there are more than twice as many
 
 
@@ -16,30 +18,42 @@ class Buckets:
 
     ``context``: cache positions per sequence, enough for ``max_model_len`` in whole chunks.
     ``batch``: sequences per decode, all replicas together. ``chunks``: tokens per prefill call.
+    ``fitted``: whether a call takes as long as its tokens do, as on a CPU: two calls are then
+    better than one that is half padding.
     """
 
     context: int
     batch: tuple[int, ...]
     chunks: tuple[int, ...]
+    fitted: bool = False
 
     @classmethod
-    def make(cls, max_model_len: int, max_num_seqs: int, data: int) -> "Buckets":
+    def make(
+        cls, max_model_len: int, max_num_seqs: int, data: int, fitted: bool = False
+    ) -> "Buckets":
         rows = [1]
         while rows[-1] * data < max_num_seqs:
             rows.append(min(rows[-1] * 2, -(-max_num_seqs // data)))
         batch = tuple(r * data for r in rows)
-        return cls(positions(max_model_len), batch, chunks_within(max_model_len))
+        chunks = (SHORT,) * fitted + chunks_within(max_model_len)
+        return cls(positions(max_model_len), batch, chunks, fitted)
 
     def batch_for(self, sequences: int) -> int:
         """The smallest decode bucket for this many sequences; the largest if none is enough."""
         return next((b for b in self.batch if b >= sequences), self.batch[-1])
 
     def chunk_sizes(self, tokens: int) -> list[int]:
-        """How a prompt of this length is cut: largest chunks, then one that holds the rest."""
-        largest = self.chunks[-1]
-        whole, rest = divmod(tokens, largest)
-        last = [next(c for c in self.chunks if c >= rest)] if rest else []
-        return [largest] * whole + last
+        """How a prompt of this length is cut: largest chunks, then what holds the rest: one chunk,
+        or smaller ones where that fits better."""
+        whole, rest = divmod(tokens, self.chunks[-1])
+        sizes = [self.chunks[-1]] * whole
+        while rest > 0:
+            smaller, size = next(p for p in pairwise((0, *self.chunks)) if p[1] >= rest)
+            if self.fitted and smaller and 2 * rest <= size:
+                size = smaller
+            sizes.append(size)
+            rest -= size
+        return sizes
 
 
 def chunks_within(context: int) -> tuple[int, ...]:

@@ -281,6 +281,7 @@ def measure_sweep(args: argparse.Namespace, wanted: list[sweep.Point]) -> dict:
     import jax
 
     from tpjax.bench.bandwidth import read_bandwidth
+    from tpjax.cache import KVCache
     from tpjax.report import Report
 
     report, models = Report(args.quiet), {}
@@ -290,8 +291,11 @@ def measure_sweep(args: argparse.Namespace, wanted: list[sweep.Point]) -> dict:
         models[tensor] = _model(args, report, tensor, most, longest)
         return models[tensor]
 
-    def bytes_at(point: sweep.Point) -> int:
-        return bytes_per_step(models[point.tensor], point.batch, point.context)
+    def bytes_at(point: sweep.Point) -> tuple[int, int]:
+        llm = models[point.tensor]
+        cache = KVCache.bytes_per_device(llm.config, llm.plan, point.batch, point.context)
+        held = llm.table.bytes_per_device + cache
+        return bytes_per_step(llm, point.batch, point.context), held
 
     bandwidth = [read_bandwidth(jax.default_backend())]
     measured = sweep.measure(wanted, args.rounds, make)

@@ -2,7 +2,8 @@
 load`: weights onto devices, and the memory it takes.
 
 Every round starts everything once, in turn. The first start of all has an empty cache, the others
-what it left there. Files are in the page cache, as they are read once before.
+what it left there. Files are in the page cache, as they are read once before. Beside them a process
+that only asks for as much memory as the files have.
 """
 
 import argparse
@@ -53,18 +54,21 @@ def bench_start(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="tpjax-start-") as cache:
         environment = env.with_cache(Path(cache))
         first = started(commands["tpjax"], environment)
+        size, memory = sum(file.stat().st_size for file in _files(folder)), []
         for _ in range(args.rounds):
             for name, command in commands.items():
                 starts[name].append(started(command, environment))
+            memory.append(_new_memory(size))
     ours = [s.seconds for s in starts["tpjax"]]
     result = {
         "model": str(folder),
         "dtype": args.dtype,
         "rounds": args.rounds,
-        "files_bytes": sum(file.stat().st_size for file in _files(folder)),
+        "files_bytes": size,
         "first_start_s": round(first.seconds, 2),
         "start_s": round(statistics.median(ours), 2),
         "start_s_spread": [round(s, 2) for s in (min(ours), max(ours))],
+        "new_memory_s": round(statistics.median(memory), 2),
         "peak_bytes": max(s.peak for s in starts["tpjax"]),
         "peers": {name: _beside(starts[name], ours) for name in names},
     }
@@ -124,6 +128,12 @@ def started(command: Sequence[str], environment: dict[str, str]) -> Started:
             said = told.read().decode(errors="replace").strip().splitlines() or ["nothing"]
             raise RunError(f"{' '.join(command[:2])} ended without a token; it said: {said[-1]}")
     return Started(seconds, usage.ru_maxrss * 1024)
+
+
+def _new_memory(size: int) -> float:
+    """Seconds until a process of its own has so many bytes of memory."""
+    command = [sys.executable, "-m", "tpjax.bench.new_memory", str(size)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def read_files(folder: Path) -> int:

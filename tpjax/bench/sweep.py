@@ -5,12 +5,17 @@ the tokens before it. Every round measures every point once, in turn. What a ste
 ``launch + sequence B + position B S`` for B sequences at context S, its three numbers fitted to all
 points (the fit that leaves the smallest relative errors): weights and everything fixed, work per
 sequence, and reading the cache.
+
+Where degrees are compared, the same step without the sums of its layers is measured beside it: what
+it is faster by is the share of communication.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,8 +24,10 @@ from tpjax.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from tpjax.engine.llm import LLM
+    from tpjax.executables import Executables
 
 AXES = ("tensor", "batch", "context")
+_LEFT_OUT = "left out"
 STEPS = 4  # of a dispatch that is measured
 VALUES = {
     "tensor": (1, 2, 4, 8),
@@ -63,27 +70,62 @@ def points(args: argparse.Namespace) -> list[Point]:
     ]
 
 
-def measure(
-    wanted: Sequence[Point], rounds: int, make: Callable[[int], "LLM"]
-) -> list[tuple[Point, list[float]]]:
-    """Seconds of a step at every point, one for every round. ``make``: a model of that degree."""
+class Measured(NamedTuple):
+    """Seconds of a step at a point, one for every round; ``bare``: without the layers' sums."""
+
+    point: Point
+    seconds: list[float]
+    bare: list[float]
+
+
+def measure(wanted: Sequence[Point], rounds: int, make: Callable[[int], "LLM"]) -> list[Measured]:
+    """Steps at every point. ``make``: a model of that degree."""
     from tpjax.executables import compiles
 
     models = {tensor: make(tensor) for tensor in dict.fromkeys(p.tensor for p in wanted)}
-    steps = {point: _step(models[point.tensor], point) for point in wanted}
-    for step in steps.values():
-        step()
+    programs = {tensor: [llm.executables] for tensor, llm in models.items()}
+    with _sums_left_out():
+        for tensor in (t for t in models if len(models) > 1 and t > 1):
+            programs[tensor].append(_without_sums(models[tensor]))
+        measured = [Measured(point, [], []) for point in wanted]
+        turns = [
+            (into, _step(exe, models[point.tensor].weights, point))
+            for point, *times in measured
+            for into, exe in zip(times, programs[point.tensor], strict=False)
+        ]
+        for _, step in turns:
+            step()
     before = compiles.count
-    seconds: dict[Point, list[float]] = {point: [] for point in wanted}
     for _ in range(rounds):
-        for point, step in steps.items():
-            seconds[point].append(step())
+        for into, step in turns:
+            into.append(step())
     if compiles.count != before:
         raise RunError(f"{compiles.count - before} compiles happened while measuring")
-    return list(seconds.items())
+    return measured
 
 
-def _step(llm: "LLM", point: Point) -> Callable[[], float]:
+@contextlib.contextmanager
+def _sums_left_out() -> Iterator[None]:
+    """Plans may ask for it in here, and be traced."""
+    from tpjax.parallel import collectives
+
+    collectives.SUMS[_LEFT_OUT] = collectives.left_out
+    try:
+        yield
+    finally:
+        del collectives.SUMS[_LEFT_OUT]
+
+
+def _without_sums(llm: "LLM") -> "Executables":
+    """The model's steps without the sums of its layers."""
+    from tpjax.executables import Executables
+    from tpjax.weights import WeightTable
+
+    plan = replace(llm.plan, sum_algorithm=_LEFT_OUT)
+    return Executables(WeightTable(llm.config, plan), llm.executables.buckets)
+
+
+def _step(exe: "Executables", weights, point: Point) -> Callable[[], float]:
     """Runs a few steps up to the context; seconds of one."""
     import jax
     import numpy as np
@@ -91,7 +133,6 @@ def _step(llm: "LLM", point: Point) -> Callable[[], float]:
     from tpjax import sampling
     from tpjax.params import Row, SamplingParams
 
-    exe = llm.executables
     batch = exe.buckets.batch_for(point.batch)
     params = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
     row = Row(1, point.context - STEPS - 1, STEPS, 0, params, ())
@@ -102,7 +143,7 @@ def _step(llm: "LLM", point: Point) -> Callable[[], float]:
         cache = exe[f"zeros[b{batch}]"]()
         jax.block_until_ready(cache)
         start = time.perf_counter()
-        _, drawn, _ = exe[f"decode[b{batch}]"](llm.weights, cache, packed, limit)
+        _, drawn, _ = exe[f"decode[b{batch}]"](weights, cache, packed, limit)
         jax.block_until_ready(drawn)
         return (time.perf_counter() - start) / STEPS
 
@@ -126,9 +167,10 @@ def fitted(medians: dict[Point, float]) -> dict[Point, float]:
     return fit
 
 
-def report(measured: list[tuple[Point, list[float]]], bytes_at: Callable[[Point], int]) -> dict:
-    """The points as a program reads them."""
-    medians = {point: statistics.median(seconds) for point, seconds in measured}
+def report(measured: list[Measured], bytes_at: Callable[[Point], tuple[int, int]]) -> dict:
+    """The points as a program reads them. ``bytes_at``: what a step reads on all devices, and what
+    one device holds for it."""
+    medians = {point: statistics.median(seconds) for point, seconds, _ in measured}
     fit = fitted(medians)
     found = [
         {
@@ -136,25 +178,35 @@ def report(measured: list[tuple[Point, list[float]]], bytes_at: Callable[[Point]
             "ms_per_step": round(medians[point] * 1e3, 3),
             "ms_spread": [round(t * 1e3, 3) for t in (min(seconds), max(seconds))],
             "tok_s": round(point.batch / medians[point], 2),
-            "bytes_per_step": bytes_at(point),
+            "bytes_per_step": bytes_at(point)[0],
+            "bytes_per_device": bytes_at(point)[1],
+            "sums_share": _share(seconds, bare),
             "fit_ms": round(float(fit[point]) * 1e3, 3),
             "beyond_fit": round(float(medians[point] / fit[point]) - 1, 3),
         }
-        for point, seconds in measured
+        for point, seconds, bare in measured
     ]
     return {"points": found, "worst_beyond_fit": max(p["beyond_fit"] for p in found)}
 
 
+def _share(seconds: list[float], bare: list[float]) -> float | None:
+    """Of a step's time what its sums take, round by round; null where that was not measured."""
+    each = [1 - without / t for t, without in zip(seconds, bare, strict=False)]
+    return round(statistics.median(each), 3) if each else None
+
+
 def plot(file: Path, result: dict) -> None:
-    """Measured steps, the fit, and what the probed bandwidth would allow."""
+    """Measured steps, the fit, and what the probed bandwidth would allow; what a device holds, and
+    the share of communication where it was measured."""
     from matplotlib.figure import Figure
 
     points = result["sweep"]["points"]
     axis = max(AXES, key=lambda name: (len({p[name] for p in points}), name == "context"))
     others = [name for name in AXES if name != axis]
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    shares = any(p["sums_share"] is not None for p in points)
+    figure = Figure(figsize=(16 + 5 * shares, 5), layout="constrained")
     figure.suptitle(f"decode of {Path(result['model']).stem}, {result['dtype']}")
-    time_, rate = figure.subplots(1, 2)
+    time_, rate, memory, *rest = figure.subplots(1, 3 + shares)
     for n, key in enumerate(dict.fromkeys(tuple(p[name] for name in others) for p in points)):
         line = [p for p in points if tuple(p[name] for name in others) == key]
         at, color = [p[axis] for p in line], f"C{n % 10}"
@@ -165,10 +217,18 @@ def plot(file: Path, result: dict) -> None:
         time_.plot(at, [limit * 1e3 for limit in limits], ":", color=color)
         rate.plot(at, [p["tok_s"] for p in line], "o-", color=color)
         rate.plot(at, [p["batch"] / t for p, t in zip(line, limits, strict=True)], ":", color=color)
+        memory.plot(at, [p["bytes_per_device"] / 1e9 for p in line], "o-", color=color)
+        for axes in rest:
+            axes.plot(at, [100 * (p["sums_share"] or 0) for p in line], "o-", color=color)
     time_.set(ylabel="ms a step: measured, fit (-), limit of the memory (:)")
     rate.set(ylabel="tokens/s: measured, limit of the memory (:)")
+    memory.set(ylabel="weights and cache of one device, GB", ylim=(0, None))
+    for axes in rest:
+        axes.set(ylabel="share of the sums over devices in a step, %")
     for axes in (time_, rate):
-        axes.set(xlabel=axis, xscale="log", yscale="log")
+        axes.set(yscale="log")
+    for axes in (time_, rate, memory, *rest):
+        axes.set(xlabel=axis, xscale="log")
         axes.set_xticks([p[axis] for p in points], [str(p[axis]) for p in points], minor=False)
         axes.minorticks_off()
     time_.legend(fontsize="small")

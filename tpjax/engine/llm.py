@@ -131,8 +131,11 @@ class LLM:
                 f"max_model_len={max_model_len} is more than the model's own limit"
                 f" max_position_embeddings={config.max_position}"
             )
-        buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data)
-        narrow = self.plan.platform == "cpu" and dtype == "float32"
+        on_cpu = self.plan.platform == "cpu"
+        # Replicas prefill together what is cut alike: there, fewer ways to cut are better.
+        fitted = on_cpu and self.plan.data == 1
+        buckets = Buckets.make(self.max_model_len, max_num_seqs, self.plan.data, fitted)
+        narrow = on_cpu and dtype == "float32"
         narrow = narrow and self.folder.stored_dtype == "bfloat16"
         # Exact all the same, in half the bytes: they are widened where they are multiplied.
         self.config = replace(config, matrix_dtype="bfloat16") if narrow else config
@@ -146,7 +149,7 @@ class LLM:
             self.config, self.table = config, WeightTable(config, self.plan)
             self.padding, self.memory = padding(self.table), check_memory(self.table, buckets)
         self.eos_ids = folders.eos_ids(self.folder.generation)
-        if self.plan.platform == "cpu" and dtype != "float16" and not native.ready():
+        if on_cpu and dtype != "float16" and not native.ready():
             say(f"no kernels of our own for this CPU, XLA's are slower: {native.why_not()}")
         self.executables = Executables(self.table, buckets, on_build)
         self.tokenizer = None
@@ -156,7 +159,7 @@ class LLM:
             self.weights = load.random(self.table, seed, progress)
         else:
             self.weights = load.load(self.table, self.folder.family, source, progress)
-        if self.plan.platform == "cpu" and not fast_on_cpu(dtype):
+        if on_cpu and not fast_on_cpu(dtype):
             say(
                 f"{dtype} products have no fast path on this CPU and take several times as long as"
                 " they should: import tpjax before jax is first used, or take dtype=float32"
