@@ -8,7 +8,7 @@ from itertools import pairwise
 
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
 CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
-SHORT = 8  # one more of these where prompts are cut to fit
+SHORT, CALL = 8, 8  # where prompts are cut to fit: one more of these; tokens that a call costs
 BLOCK = 512  # cache positions attended to at a time, where there are more than twice as many
 
 
@@ -18,8 +18,7 @@ class Buckets:
 
     ``context``: cache positions per sequence, enough for ``max_model_len`` in whole chunks.
     ``batch``: sequences per decode, all replicas together. ``chunks``: tokens per prefill call.
-    ``fitted``: whether a call takes as long as its tokens do, as on a CPU: two calls are then
-    better than one that is half padding.
+    ``fitted``: whether a call takes as long as its tokens do, padding among them, as on a CPU.
     """
 
     context: int
@@ -44,16 +43,22 @@ class Buckets:
 
     def chunk_sizes(self, tokens: int) -> list[int]:
         """How a prompt of this length is cut: largest chunks, then what holds the rest: one chunk,
-        or smaller ones where that fits better."""
+        or, where they are `fitted`, smaller ones if those take less."""
         whole, rest = divmod(tokens, self.chunks[-1])
-        sizes = [self.chunks[-1]] * whole
-        while rest > 0:
-            smaller, size = next(p for p in pairwise((0, *self.chunks)) if p[1] >= rest)
-            if self.fitted and smaller and 2 * rest <= size:
-                size = smaller
-            sizes.append(size)
-            rest -= size
-        return sizes
+        return [self.chunks[-1]] * whole + self._cut(rest)
+
+    def _cut(self, rest: int) -> list[int]:
+        if rest <= 0:
+            return []
+        smaller, size = next(p for p in pairwise((0, *self.chunks)) if p[1] >= rest)
+        if not (self.fitted and smaller):
+            return [size]
+        return min([size], [smaller, *self._cut(rest - smaller)], key=_takes)
+
+
+def _takes(sizes: list[int]) -> int:
+    """What calls of these sizes take on a CPU, in the time of a token (BENCHMARKS.md, "Start")."""
+    return sum(sizes) + CALL * len(sizes)
 
 
 def chunks_within(context: int) -> tuple[int, ...]:
