@@ -293,7 +293,7 @@ def test_bench_start_and_load(capsys):
     low, high = result["start_s_spread"]
     assert low <= result["start_s"] <= high < result["first_start_s"]
     assert result["files_bytes"] < result["peak_bytes"] and result["dtype"] == "float32"
-    assert 0 <= result["new_memory_s"] < low  # of so little memory
+    assert 0 <= result["new_memory_s"] < low  # it is a small model
     code, out, _ = main(capsys, "bench", "load", "-tp", "2", "--json", "--quiet")
     assert code == 0
     result = json.loads(out)

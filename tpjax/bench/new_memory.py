@@ -1,6 +1,6 @@
 """How long the system takes to give a process so much memory, in seconds: the limit that loading
-onto a CPU runs against. A virtual machine may have given it back to its host and must get it again,
-which can take longer than everything else of a start (BENCHMARKS.md, "Beside other systems").
+onto a CPU runs against. A virtual machine gives what lay idle back to its host and must get it
+again, which can take longer than everything else of a start (BENCHMARKS.md, "Start").
 """
 
 import os
@@ -14,13 +14,13 @@ from tpjax.checkpoint.room import Room
 
 _PIECE = 1 << 22  # bytes a thread takes at a time
 _PAGE = 1 << 12
-_IMPORTS = 0.7  # seconds into a start weights begin to load; by then more was given back
+_IDLE = 3  # seconds the last process's memory lies idle, as it has where somebody starts a model
 
 
 def main() -> None:
     """Print the seconds for as many bytes as the first argument says."""
     size = int(sys.argv[1])
-    time.sleep(_IMPORTS)
+    time.sleep(_IDLE)
     start = time.perf_counter()
     memory = Room([size]).empty((size,), np.dtype(np.uint8))
 
