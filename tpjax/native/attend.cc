@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kBlock = 512;  // positions that many rows see together
 constexpr int64_t kRows = 96;    // at most, where there are many; a multiple of what one tile has
+constexpr int64_t kFewQueries = 16;  // of one key; twice as many where halves are multiplied in pairs
 
 struct Scores {
   float scale, softcap;  // softcap: 0 is none
@@ -242,7 +243,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, const Scores& scores, ffi
   auto shape = k.dimensions();
   int64_t B = shape[0], K = shape[1], S = shape[2], H = shape[3];
   int64_t new_tokens = q.dimensions()[1], N = q.dimensions()[2], G = N / K;
-  bool many = new_tokens * G > kFew<Many> && G <= kRows && H % kLanes == 0;
+  bool many = new_tokens * G > kFewQueries * Many::kInputs && G <= kRows && H % kLanes == 0;
   int64_t most = many ? kRows : kMostRows;
   int64_t together = std::min(new_tokens, std::max<int64_t>(1, most / G));
   int64_t parts = (new_tokens + together - 1) / together;

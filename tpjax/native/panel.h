@@ -20,11 +20,13 @@ constexpr int64_t kDeep = 2048;       // words of x that meet a panel before oth
 constexpr int64_t kPanelAhead = 256;  // bytes from what is read to what is asked for
 
 // What a word, of 32 bits, of the panel and of x is: one input in float32, of a matrix stored so or in
-// bfloat16; or two of bfloat16, where the processor multiplies these.
+// bfloat16; or two of bfloat16, where the processor multiplies these. kFew: rows for which bringing a
+// panel into order takes longer than it saves. With few registers dot products widen a matrix again for
+// every few rows, so there a panel is worth it sooner.
 struct Singles {
   using Stored = float;
   using Row = float;
-  static constexpr int kInputs = 1;
+  static constexpr int kInputs = 1, kFew = 16;
   static uint32_t Word(const float* w) { return Bits<uint32_t>(*w); }
   static void Split(Words word, Words* to) { to[0] = word; }
   static void Add(Floats& sum, uint32_t x, Words w) { sum += Bits<float>(x) * Bits<Floats>(w); }
@@ -33,7 +35,7 @@ struct Singles {
 struct Widening {
   using Stored = uint16_t;
   using Row = float;
-  static constexpr int kInputs = 1;
+  static constexpr int kInputs = 1, kFew = kLanes > 8 ? 16 : 10;
   static uint32_t Word(const uint16_t* w) { return uint32_t{*w} << 16; }
   static void Split(Words word, Words* to) { to[0] = word << 16, to[1] = word & 0xffff0000u; }
   static void Add(Floats& sum, uint32_t x, Words w) { Singles::Add(sum, x, w); }
@@ -43,7 +45,7 @@ struct Widening {
 struct Pairs {
   using Stored = uint16_t;
   using Row = uint16_t;
-  static constexpr int kInputs = 2;
+  static constexpr int kInputs = 2, kFew = 32;
   static uint32_t Word(const uint16_t* w) { return Load<uint32_t>(w); }
   static void Split(Words word, Words* to) { to[0] = word; }
   static void Add(Floats& sum, uint32_t x, Words w) {
@@ -54,11 +56,6 @@ struct Pairs {
 #else
 using Pairs = Widening;
 #endif
-
-// Rows for which bringing a panel into order takes longer than it saves: more where they meet it in half
-// the time.
-template <typename T>
-constexpr int64_t kFew = 16 * T::kInputs;
 
 // A thread's panel.
 inline uint32_t* Room() {

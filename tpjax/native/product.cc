@@ -26,7 +26,7 @@ ffi::Error Run(ffi::ThreadPool& pool, int64_t threads, ffi::AnyBuffer x, ffi::An
                [&](int64_t c) { work(c * chunk, std::min(out, (c + 1) * chunk)); });
   };
   std::vector<float> room;
-  if (rows > kFew<Many> && in % Many::kInputs == 0) {
+  if (rows > Many::kFew && in % Many::kInputs == 0) {
     auto* held = As<typename Many::Row>(given, rows * in, room);
     in_chunks(kPanel * kLanes, [&](int64_t first, int64_t last) {
       Panel<Many>(held, matrix + first * in, y + first, rows, in, out, last - first);
