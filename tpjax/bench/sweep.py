@@ -226,7 +226,8 @@ def plot(file: Path, result: dict) -> None:
     for axes in rest:
         axes.set(ylabel="share of the sums over devices in a step, %")
     for axes in (time_, rate):
-        axes.set(yscale="log")
+        wide = axes.dataLim.y1 > 5 * axes.dataLim.y0
+        axes.set(yscale="log") if wide else axes.set(ylim=(0, None))
     for axes in (time_, rate, memory, *rest):
         axes.set(xlabel=axis, xscale="log")
         axes.set_xticks([p[axis] for p in points], [str(p[axis]) for p in points], minor=False)
