@@ -23,8 +23,11 @@ from tpjax import picture
 from tpjax.errors import RunError, UsageError
 
 if TYPE_CHECKING:
+    from tpjax.cache import KVCache
     from tpjax.engine.llm import LLM
     from tpjax.executables import Executables
+
+    Caches = dict[tuple[int, int], KVCache]  # by degree and sequences; of one of these
 
 AXES = ("tensor", "batch", "context")
 _LEFT_OUT = "left out"
@@ -88,8 +91,9 @@ def measure(wanted: Sequence[Point], rounds: int, make: Callable[[int], "LLM"]) 
         for tensor in (t for t in models if len(models) > 1 and t > 1):
             programs[tensor].append(_without_sums(models[tensor]))
         measured = [Measured(point, [], []) for point in wanted]
+        caches: Caches = {}
         turns = [
-            (into, _step(exe, models[point.tensor].weights, point))
+            (into, _step(exe, models[point.tensor].weights, point, caches))
             for point, *times in measured
             for into, exe in zip(times, programs[point.tensor], strict=False)
         ]
@@ -125,8 +129,9 @@ def _without_sums(llm: "LLM") -> "Executables":
     return Executables(WeightTable(llm.config, plan), llm.executables.buckets)
 
 
-def _step(exe: "Executables", weights, point: Point) -> Callable[[], float]:
-    """Runs a few steps up to the context; seconds of one."""
+def _step(exe: "Executables", weights, point: Point, caches: "Caches") -> Callable[[], float]:
+    """Runs a few steps up to the context; seconds of one. The cache stays for the next with as many
+    sequences: gigabytes of new memory disturb the steps after them, too."""
     import jax
     import numpy as np
 
@@ -140,10 +145,13 @@ def _step(exe: "Executables", weights, point: Point) -> Callable[[], float]:
     packed, limit = exe.upload(sampling.pack(rows)), exe.upload(np.asarray(STEPS, np.int32))
 
     def run() -> float:
-        cache = exe[f"zeros[b{batch}]"]()
-        jax.block_until_ready(cache)
+        key = (point.tensor, batch)
+        if key not in caches:
+            caches.clear()  # there need not be room for two
+            caches[key] = jax.block_until_ready(exe[f"zeros[b{batch}]"]())
         start = time.perf_counter()
-        _, drawn, _ = exe[f"decode[b{batch}]"](weights, cache, packed, limit)
+        decode = exe[f"decode[b{batch}]"]
+        caches[key], drawn, _ = decode(weights, caches.pop(key), packed, limit)
         jax.block_until_ready(drawn)
         return (time.perf_counter() - start) / STEPS
 
