@@ -1,6 +1,7 @@
 """`tpjax bench decode --sweep`: what is asked for, the fit, the picture."""
 
 import argparse
+import functools
 import json
 from dataclasses import replace
 
@@ -10,6 +11,9 @@ from tests.test_cli import main
 from tpjax.audit.program import collectives
 from tpjax.bench import sweep
 from tpjax.bench.sweep import Point, fitted, points
+from tpjax.cache import KVCache
+from tpjax.checkpoint.folder import bundled
+from tpjax.engine.llm import LLM
 from tpjax.errors import UsageError
 
 
@@ -121,3 +125,21 @@ def test_a_picture_with_no_place_is_refused_before_anything_is_measured(capsys):
 def test_options_that_do_not_go_together(capsys, words, said):
     code, _, err = main(capsys, "bench", "decode", "--quiet", *words)
     assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_caches_stay_while_there_is_room(monkeypatch, quiet):
+    llm = LLM(bundled(), 1, max_num_seqs=4, max_model_len=64, **quiet)
+    made = []
+    llm.executables.build(["zeros[b1]", "zeros[b4]"])
+    for name, one in list(llm.executables.built.items()):
+        run = functools.partial(lambda name, run: made.append(name) or run(), name, one.run)
+        llm.executables.built[name] = replace(one, run=run)
+    each = KVCache.bytes_per_device(llm.config, llm.plan, 1, llm.executables.buckets.context)
+    for free, anew in ((llm.memory.temporary + 4 * each, 2), (0, 6)):
+        monkeypatch.setattr("tpjax.engine.memory.free", lambda plan, free=free: free)
+        caches = sweep._Caches({1: llm})
+        made.clear()
+        for _ in range(3):
+            for batch in (1, 4):
+                caches.put(1, batch, caches.take(1, batch))
+        assert len(made) == anew

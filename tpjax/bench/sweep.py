@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tpjax.engine.llm import LLM
     from tpjax.executables import Executables
 
-    Caches = dict[tuple[int, int], KVCache]  # by degree and sequences; of one of these
 
 AXES = ("tensor", "batch", "context")
 _LEFT_OUT = "left out"
@@ -91,7 +90,7 @@ def measure(wanted: Sequence[Point], rounds: int, make: Callable[[int], "LLM"]) 
         for tensor in (t for t in models if len(models) > 1 and t > 1):
             programs[tensor].append(_without_sums(models[tensor]))
         measured = [Measured(point, [], []) for point in wanted]
-        caches: Caches = {}
+        caches = _Caches(models)
         turns = [
             (into, _step(exe, models[point.tensor].weights, point, caches))
             for point, *times in measured
@@ -129,9 +128,36 @@ def _without_sums(llm: "LLM") -> "Executables":
     return Executables(WeightTable(llm.config, plan), llm.executables.buckets)
 
 
-def _step(exe: "Executables", weights, point: Point, caches: "Caches") -> Callable[[], float]:
-    """Runs a few steps up to the context; seconds of one. The cache stays for the next with as many
-    sequences: gigabytes of new memory disturb the steps after them, too."""
+class _Caches:
+    """Caches by degree and sequences. They stay as long as there is room: a machine that is asked
+    for gigabytes, or given them back, is slow for seconds."""
+
+    def __init__(self, models: "dict[int, LLM]"):
+        self._models = models
+        self._held: dict[tuple[int, int], KVCache] = {}
+
+    def take(self, tensor: int, batch: int) -> "KVCache":
+        """A cache for so many sequences, the caller's until it is put back."""
+        import jax
+
+        from tpjax.cache import KVCache
+        from tpjax.engine.memory import free
+
+        if (tensor, batch) in self._held:
+            return self._held.pop((tensor, batch))
+        llm = self._models[tensor]
+        context = llm.executables.buckets.context
+        wanted = KVCache.bytes_per_device(llm.config, llm.plan, batch, context)
+        while self._held and wanted + llm.memory.temporary > free(llm.plan):
+            del self._held[next(iter(self._held))]  # the one that waited longest
+        return jax.block_until_ready(llm.executables[f"zeros[b{batch}]"]())
+
+    def put(self, tensor: int, batch: int, cache: "KVCache") -> None:
+        self._held[tensor, batch] = cache
+
+
+def _step(exe: "Executables", weights, point: Point, caches: _Caches) -> Callable[[], float]:
+    """Runs a few steps up to the context; seconds of one."""
     import jax
     import numpy as np
 
@@ -145,15 +171,13 @@ def _step(exe: "Executables", weights, point: Point, caches: "Caches") -> Callab
     packed, limit = exe.upload(sampling.pack(rows)), exe.upload(np.asarray(STEPS, np.int32))
 
     def run() -> float:
-        key = (point.tensor, batch)
-        if key not in caches:
-            caches.clear()  # there need not be room for two
-            caches[key] = jax.block_until_ready(exe[f"zeros[b{batch}]"]())
+        cache, decode = caches.take(point.tensor, batch), exe[f"decode[b{batch}]"]
         start = time.perf_counter()
-        decode = exe[f"decode[b{batch}]"]
-        caches[key], drawn, _ = decode(weights, caches.pop(key), packed, limit)
+        cache, drawn, _ = decode(weights, cache, packed, limit)
         jax.block_until_ready(drawn)
-        return (time.perf_counter() - start) / STEPS
+        seconds = time.perf_counter() - start
+        caches.put(point.tensor, batch, cache)
+        return seconds / STEPS
 
     return run
 

@@ -9,6 +9,7 @@ from tpjax.buckets import Buckets, at_a_time
 from tpjax.cache import KVCache
 from tpjax.errors import ResourceError
 from tpjax.ops.tiles import TILE
+from tpjax.plan import Plan
 from tpjax.planner import memory as planned
 from tpjax.weights import WeightTable
 
@@ -34,10 +35,7 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
     weights = table.bytes_per_device
     cache = KVCache.bytes_per_device(table.config, table.plan, rows, buckets.context)
     temporary = temporary_bytes(table, buckets)
-    devices = table.plan.mesh.devices
-    available = min(map(_free, devices.flat)) if table.plan.platform != "cpu" else None
-    if available is None:
-        available = host_memory() // devices.size
+    devices, available = table.plan.mesh.devices, free(table.plan)
     if weights + cache + temporary > available:
         raise ResourceError(
             f"not enough memory: each of {devices.size} device(s) needs {weights / GB:.2f} GB for"
@@ -70,6 +68,14 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
     # Tiles in float32. What is one tile XLA may widen long before it is multiplied.
     tiles = 4 * TILE * bool(narrow) + sum(2 * size for size in narrow if size <= TILE)
     return 4 * (chunk * (scores + widest) + logits) + tiles
+
+
+def free(plan: Plan) -> int:
+    """Bytes free on each device, on that which has least; CPU devices have equal shares of the
+    host's."""
+    if plan.platform == "cpu":
+        return host_memory() // plan.mesh.size
+    return min(map(_free, plan.mesh.devices.flat))
 
 
 def _free(device) -> int:
