@@ -104,3 +104,18 @@ def test_a_prompt_has_no_scores_of_all_its_tokens(greedy):
     shapes = set(re.findall(r"\w+\[([\d,]+)\]", program.as_text() or ""))
     long = {shape for shape in shapes if str(CONTEXT) in shape.split(",")}
     assert long and long <= {"1,8,8192,128", "8,8192,128"}
+
+
+@pytest.mark.parametrize("model, tensor", [("llama-3.1-8b", 1), ("llama-3.1-70b", 8)])
+def test_a_short_cache_is_all_that_is_read(greedy, model, tensor):
+    """The program of a quarter of the context is as good: no copy, and no kernel more."""
+    exe = steps(shortened(find(model).config, 2), f"h100:{tensor}", context=CONTEXT, rows=8)
+    seen = []
+    for name in ("decode[b8]", "decode[b8,s2048]"):
+        program, launches = compiled_with_launches(exe.lower(name), exe.options(name))
+        audit = Audit(program, exe, name, greedy=True)
+        assert audit.findings() == [] and launches is not None
+        seen.append((launches.kernels, audit.memory.alias_size_in_bytes))
+        assert (f",{CONTEXT},128]" in audit.text) == (name == "decode[b8]")
+    (kernels, cache), (of_short, short) = seen
+    assert of_short <= kernels and short == cache // 4

@@ -1,6 +1,7 @@
 """The shapes steps are compiled for. No jax: the planner counts with them too.
 
-Only what changes a shape is in a bucket: tokens per prefill chunk, sequences per decode.
+Only what changes a shape is in a bucket: tokens per prefill chunk, sequences per decode, and cache
+positions, of which steps on accelerators read all there are.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import pairwise
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
 CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
 SHORT, CALL = 8, 8  # where prompts are cut to fit: one more of these; tokens that a call costs
+LEAST, SHORTER = 1024, 4  # positions of the shortest cache; how often it is in the next
 BLOCK = 512  # cache positions attended to at a time, where there are more than twice as many
 
 
@@ -36,6 +38,19 @@ class Buckets:
         batch = tuple(r * data for r in rows)
         chunks = (SHORT,) * fitted + chunks_within(max_model_len)
         return cls(positions(max_model_len), batch, chunks, fitted)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The lengths caches have, in whole chunks: the context, a quarter of it, and so on."""
+        found = [self.context]
+        while LEAST <= (shorter := positions(-(-found[0] // SHORTER))) < found[0]:
+            found.insert(0, shorter)
+        return tuple(found)
+
+    def context_for(self, tokens: int) -> int:
+        """The shortest cache for a sequence that will have so many tokens, ``max_model_len`` at
+        most."""
+        return next(length for length in self.contexts if length >= tokens)
 
     def batch_for(self, sequences: int) -> int:
         """The smallest decode bucket for this many sequences; the largest if none is enough."""

@@ -22,6 +22,11 @@ class KVCache:
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
 
+    @property
+    def context(self) -> int:
+        """Positions of a sequence."""
+        return self.layers[0][0].shape[2]
+
     @classmethod
     def abstract(cls, config: ModelConfig, plan: Plan, rows: int, length: int) -> "KVCache":
         """Shapes, dtypes and shardings, for lowering without allocating."""

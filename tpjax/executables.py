@@ -39,7 +39,8 @@ def silent(name: str, number: int, total: int) -> Callable[[Built], None]:
 
 class Executables:
     """Builds and keeps them, by name: ``zeros[b4]``, ``prefill[t128]``, ``insert[b4]``,
-    ``decode[b4]``, ``score[t128]``, ``states[t128]``."""
+    ``decode[b4]``, ``score[t128]``, ``states[t128]``; with a cache shorter than the whole context
+    ``decode[b4,s1024]``, and ``insert[b4,s4096,s1024]`` of a sequence with a shorter one."""
 
     def __init__(self, table: WeightTable, buckets: Buckets, on_build: OnBuild = silent):
         self.table, self.buckets, self.on_build = table, buckets, on_build
@@ -48,28 +49,53 @@ class Executables:
         self._numbers: dict[int, jax.Array] = {}
         self.one = table.plan.data  # rows of the cache a prompt is prefilled in: one per replica
 
-    def for_requests(self, lengths: Sequence[Sequence[int]]) -> list[str]:
-        """Names of all that a run of requests will use; of each, the lengths it is prefilled at."""
-        chunks = {c for each in lengths for n in each for c in self.buckets.chunk_sizes(n)}
-        names = [f"prefill[t{c}]" for c in sorted(chunks)]
-        return names + self.decoding(len(lengths))
+    def for_requests(self, asked: Sequence[tuple[Sequence[int], int]]) -> list[str]:
+        """Names of all that a run of requests will use; of each, the lengths it is prefilled at,
+        and the positions of its cache."""
+        chunks = {
+            (context, c)
+            for lengths, context in asked
+            for n in lengths
+            for c in self.buckets.chunk_sizes(n)
+        }
+        names = [self.name("prefill", c, context) for context, c in sorted(chunks)]
+        batch = self.buckets.batch_for(len(asked))
+        return names + self._decoding(batch, sorted({context for _, context in asked}))
 
     def all_names(self) -> list[str]:
         """Names of everything generation can ever use."""
-        names = [f"prefill[t{c}]" for c in self.buckets.chunks]
+        contexts = self.buckets.contexts
+        names = [self.name("prefill", c, s) for s in contexts for c in self.buckets.chunks]
         for batch in self.buckets.batch:
-            names += [n for n in self.decoding(batch) if n not in names]
-        return names
+            for n in range(len(contexts)):
+                names += self._decoding(batch, contexts[: n + 1])
+        return list(dict.fromkeys(names))
 
-    def decoding(self, sequences: int) -> list[str]:
-        """Names of what so many sequences need once they are prefilled."""
-        batch = self.buckets.batch_for(sequences)
-        zeros = [f"zeros[b{self.one}]"]
-        if batch == 1:
-            return [*zeros, "decode[b1]"]
-        if batch != self.one:
-            zeros.append(f"zeros[b{batch}]")
-        return [*zeros, f"insert[b{batch}]", f"decode[b{batch}]"]
+    def _decoding(self, batch: int, contexts: Sequence[int]) -> list[str]:
+        """Names of what sequences of these contexts need once they are prefilled."""
+        names = [self.name("zeros", self.one, context) for context in contexts]
+        if batch == 1:  # each in its own cache
+            return names + [self.name("decode", 1, context) for context in contexts]
+        longest = contexts[-1]
+        names.append(self.name("zeros", batch, longest))
+        names += [self.name("insert", batch, longest, context) for context in contexts]
+        return [*dict.fromkeys(names), self.name("decode", batch, longest)]
+
+    def name(self, step: str, size: int, context: int, other: int | None = None) -> str:
+        """Of a step for so many sequences (prefill: tokens) with caches of so many positions;
+        ``other``: those of the cache that is inserted."""
+        of = f"{'t' if step == 'prefill' else 'b'}{size}"
+        if other not in (None, context):
+            of += f",s{context},s{other}"
+        elif context < self.buckets.context:
+            of += f",s{context}"
+        return f"{step}[{of}]"
+
+    def parsed(self, name: str) -> tuple[str, int, list[int]]:
+        """What `name` was made of: the step, its size, and the positions of one cache or two."""
+        step, _, sizes = name.removesuffix("]").partition("[")
+        size, *contexts = (int(one[1:]) for one in sizes.split(","))
+        return step, size, contexts or [self.buckets.context]
 
     def build(self, names: Iterable[str]) -> None:
         """Build what is not built yet, telling ``on_build`` before and after each."""
@@ -102,20 +128,19 @@ class Executables:
     def options(self, name: str) -> dict[str, str | bool]:
         """What its compiler is told beside its defaults."""
         plan = self.table.plan
-        return env.compiler_options(plan.platform, name.partition("[")[0], plan.mesh.size)
+        return env.compiler_options(plan.platform, self.parsed(name)[0], plan.mesh.size)
 
     def _step(self, name: str) -> "_Step":
         """What an executable computes, of what."""
-        kind, _, size = name.removesuffix("]").partition("[")
-        rows_or_tokens = int(size[1:])
+        kind, rows_or_tokens, (context, *others) = self.parsed(name)
         table = self.table
         plan = table.plan
 
         def small(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole[len(shape)])
 
-        def cache(rows: int) -> KVCache:
-            return KVCache.abstract(table.config, plan, rows, self.buckets.context)
+        def cache(rows: int, context: int = context) -> KVCache:
+            return KVCache.abstract(table.config, plan, rows, context)
 
         one, weights = self.one, table.abstract()
         match kind:
@@ -132,8 +157,8 @@ class Executables:
                 return _Step(fn, (weights, cache(one), *args, packed), 1, (cache(one), _DRAWN))
             case "insert":
                 fn = functools.partial(step.insert, table)
-                held = cache(rows_or_tokens)
-                return _Step(fn, (held, cache(one), small((one,))), 0, held)
+                held, new = cache(rows_or_tokens), cache(one, *others)
+                return _Step(fn, (held, new, small((one,))), 0, held)
             case "decode":
                 packed = small((rows_or_tokens, sampling.COLUMNS))
                 fn = functools.partial(step.decode_many, table, DISPATCH)

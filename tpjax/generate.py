@@ -40,6 +40,7 @@ def generate(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         verify=args.verify,
         expect=[] if args.chat else prompts[:1] if args.stream else prompts,
+        expect_tokens=args.max_tokens,
         max_model_len=args.max_model_len,
         max_num_seqs=1 if args.stream else min(len(prompts), 64),
         progress=report.loading,

@@ -52,8 +52,8 @@ class Audit:
     def __init__(self, compiled, exe: Executables, name: str, greedy: bool = False):
         self.compiled, self.exe, self.name, self.greedy = compiled, exe, name, greedy
         self.config, self.plan = exe.table.config, exe.table.plan
-        kind, number = name[:-1].split("[")
-        self.decode, number = kind == "decode", int(number[1:])
+        kind, number, (self.context,) = exe.parsed(name)
+        self.decode = kind == "decode"
         self.rows, self.tokens = (number, 1) if self.decode else (self.plan.data, number)
         self.each = self.rows // self.plan.data  # of every replica
         shape = dict(self.plan.mesh.shape)
@@ -203,16 +203,15 @@ class Audit:
 
     @property
     def arguments_stated(self) -> int:
-        return self.held.arguments(self.each, self.tokens, self.exe.buckets.context)
+        return self.held.arguments(self.each, self.tokens, self.context)
 
     @property
     def cache_stated(self) -> int:
-        return self.held.cache(self.each, self.exe.buckets.context)
+        return self.held.cache(self.each, self.context)
 
     @property
     def temporary_stated(self) -> int:
-        context = self.exe.buckets.context
-        return temporary(self.config, self.layout, self.each, self.tokens, context)
+        return temporary(self.config, self.layout, self.each, self.tokens, self.context)
 
     def _memory(self) -> Iterator[Finding]:
         have, stated = self.memory.temp_size_in_bytes, self.temporary_stated
@@ -270,7 +269,7 @@ class Audit:
                 (
                     self.each,
                     len(heads.kv) // here.shards("kv_heads"),
-                    self.exe.buckets.context,
+                    self.context,
                     self.config.head_dim,
                 )
             )

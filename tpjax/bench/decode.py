@@ -166,7 +166,7 @@ def host_ms(llm: "LLM", prompt: list[int]) -> dict:
 
     most = min(HOST_TOKENS, llm.max_model_len - len(prompt))
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
-    llm.executables.build(llm.executables.for_requests([[len(prompt)]]))
+    llm._build_for(llm._requests([prompt], params))
     found = {}
     for name, tokens in (("each", 1), ("many", None)):
         idle = []

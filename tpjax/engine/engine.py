@@ -14,11 +14,13 @@ import numpy as np
 
 from tpjax import sampling
 from tpjax.buckets import DISPATCH
+from tpjax.cache import KVCache
 from tpjax.engine.request import Logprob, Request
 from tpjax.errors import RunError
 from tpjax.executables import Executables
 from tpjax.ops.sample import NOT_A_NUMBER, Drawn
 
+Group = dict[int, tuple[int, Request]]  # by replica: a row of the cache, and who is to have it
 LOOK_AHEAD = 32  # waiting requests per replica that may be taken out of turn
 WAITED_FOR = 8  # tokens per dispatch while a queue, or a stop string, waits for the result
 
@@ -49,15 +51,21 @@ class Engine:
         waiting = deque(requests)
         batch = self.exe.buckets.batch_for(len(requests))
         slots: list[Request | None] = [None] * batch
-        cache = self.exe[f"zeros[b{batch}]"]()
-        one = cache if batch == 1 else self.exe[f"zeros[b{self.data}]"]()
+        # Where sequences are decoded, and where prompts are prefilled; of one row, the same.
+        context = max(request.context for request in requests)
+        cache: KVCache | None = self._zeros(batch, context) if batch > 1 else None
+        one: KVCache | None = None
         flying: Dispatch | None = None
         refilled = False  # since then
         while waiting or any(slots):
             while waiting and None in slots:
                 group = self._next_group(waiting, slots)
-                one, drawn = self._prefill(one, group)
-                if batch == 1:
+                context = next(request.context for _, request in group.values())
+                if one is not None and one.context != context:
+                    one = None  # there need not be room for two
+                    cache = None if batch == 1 else cache
+                one, drawn = self._prefill(one or self._zeros(self.data, context), group)
+                if batch == 1 or cache is None:
                     cache = one
                 else:
                     cache = self._insert(cache, one, group, batch)
@@ -67,7 +75,7 @@ class Engine:
                     yield request
                 refilled = True
             live = [r for r in slots if r]
-            if live:
+            if live and cache is not None:
                 wanted = tokens or self._tokens_per_dispatch(live, bool(waiting))
                 if flying is None:
                     cache, flying = self._dispatch(cache, list(slots), wanted)
@@ -95,9 +103,10 @@ class Engine:
     def _tokens_per_dispatch(self, live: list[Request], queue: bool) -> int:
         return WAITED_FOR if queue or any(r.params.stop for r in live) else DISPATCH
 
-    def _next_group(self, waiting: deque, slots: list) -> dict[int, tuple[int, Request]]:
+    def _next_group(self, waiting: deque, slots: list) -> Group:
         """At most one request per replica, each with a free row of that replica. Only prompts that
-        are cut into the same chunks go together, so that each is computed as it would be alone."""
+        are cut into the same chunks, with caches of the same length, go together, so that each is
+        computed as it would be alone."""
         per_replica = len(slots) // self.data
         free = {}
         for replica in range(self.data):
@@ -105,9 +114,9 @@ class Engine:
             row = next((row for row in rows if slots[row] is None), None)
             if row is not None:
                 free[replica] = row
-        chunks = self._chunks(waiting[0])
+        shape = self._shape(waiting[0])
         near = enumerate(itertools.islice(waiting, LOOK_AHEAD * self.data))
-        alike = itertools.islice((i for i, r in near if self._chunks(r) == chunks), len(free))
+        alike = itertools.islice((i for i, r in near if self._shape(r) == shape), len(free))
         group = {}
         for (replica, row), i in zip(free.items(), list(alike), strict=False):
             i -= len(group)  # those before it have left the queue
@@ -115,10 +124,14 @@ class Engine:
             del waiting[i]
         return group
 
-    def _chunks(self, request: Request) -> list[int]:
-        return self.exe.buckets.chunk_sizes(request.length)
+    def _shape(self, request: Request) -> tuple[int, list[int]]:
+        """Positions of its cache, and the chunks it is prefilled in."""
+        return request.context, self.exe.buckets.chunk_sizes(request.length)
 
-    def _prefill(self, one, group: dict[int, tuple[int, Request]]):
+    def _zeros(self, rows: int, context: int) -> KVCache:
+        return self.exe[self.exe.name("zeros", rows, context)]()
+
+    def _prefill(self, one: KVCache, group: Group) -> tuple[KVCache, Drawn]:
         """All chunks of the group's prompts; returns the cache and the tokens that follow them."""
         rows = [group[r][1].prompt_row() if r in group else None for r in range(self.data)]
         packed = self.exe.upload(sampling.pack(rows))
@@ -127,7 +140,8 @@ class Engine:
         for replica, (_, request) in group.items():
             length[replica] = request.length
         length = self.exe.upload(length)
-        for size in self._chunks(next(iter(group.values()))[1]):
+        _, chunks = self._shape(next(iter(group.values()))[1])
+        for size in chunks:
             token = np.zeros((self.data, size), np.int32)
             count = np.ones(self.data, np.int32)
             for replica, (_, request) in group.items():
@@ -136,18 +150,20 @@ class Engine:
                 count[replica] = len(part)
             begin = np.full(self.data, start, np.int32)
             args = map(self.exe.upload, (token, begin, count))
-            one, drawn = self.exe[f"prefill[t{size}]"](self.weights, one, *args, length, packed)
+            prefill = self.exe[self.exe.name("prefill", size, one.context)]
+            one, drawn = prefill(self.weights, one, *args, length, packed)
             start += size
         return one, jax.tree.map(lambda x: x[None], jax.device_get(drawn))
 
-    def _insert(self, cache, one, group, batch: int):
+    def _insert(self, cache: KVCache, one: KVCache, group: Group, batch: int) -> KVCache:
         per_replica = batch // self.data
         slot = np.full(self.data, -1, np.int32)
         for replica, (row, _) in group.items():
             slot[replica] = row - replica * per_replica
-        return self.exe[f"insert[b{batch}]"](cache, one, self.exe.upload(slot))
+        insert = self.exe[self.exe.name("insert", batch, cache.context, one.context)]
+        return insert(cache, one, self.exe.upload(slot))
 
-    def _dispatch(self, cache, slots: list, wanted: int, after: Dispatch | None = None):
+    def _dispatch(self, cache: KVCache, slots: list, wanted: int, after: Dispatch | None = None):
         """Have the devices make tokens, after those of another dispatch that may still be running;
         returns the cache and what will be there."""
         batch = len(slots)
@@ -156,7 +172,7 @@ class Engine:
         else:
             packed = after.packed
         limit = self.exe.number(min(wanted, DISPATCH))
-        decode = self.exe[f"decode[b{batch}]"]
+        decode = self.exe[self.exe.name("decode", batch, cache.context)]
         cache, drawn, packed = decode(self.weights, cache, packed, limit)
         return cache, Dispatch(slots, drawn, packed)
 

@@ -1,5 +1,6 @@
 """LLM: a model folder on a mesh, and what one asks of it."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from tpjax.weights import WeightTable
 DEFAULT_MAX_MODEL_LEN = 4096
 _KNOWN = (
     "model, tensor_parallel_size, data_parallel_size, expert_parallel_size, dtype, max_model_len,"
-    " max_num_seqs, seed, plan, mesh, patterns, allow, verify, expect"
+    " max_num_seqs, seed, plan, mesh, patterns, allow, verify, expect, expect_tokens"
 ).split(", ")
 _RENAMED = {
     "tp": "tensor_parallel_size",
@@ -63,8 +64,8 @@ class LLM:
     ``seed``: for requests without one. ``verify``: how a tpjax checkpoint is compared with its
     manifest, "fast" (default: sizes, small files, a sample) or "full" (every byte that is read).
 
-    ``expect``: prompts that will be generated together; what they need is built while weights load,
-    and the tokenizer too.
+    ``expect``: prompts that will be generated together, with at most ``expect_tokens`` tokens each;
+    what they need is built while weights load, and the tokenizer too.
 
     For commands: ``progress`` wraps the weights while they load, ``on_build`` is told of every
     executable, ``say`` gets lines for the user, ``random_weights`` takes a lone config.json.
@@ -90,6 +91,7 @@ class LLM:
         allow: Sequence[str] = (),
         verify: Literal["fast", "full"] | None = None,
         expect: Prompt | Sequence[Prompt] = (),
+        expect_tokens: int = SamplingParams.max_tokens,
         random_weights: bool = False,
         progress: load.Progress = iter,
         on_build: OnBuild = silent,
@@ -101,6 +103,7 @@ class LLM:
             whole("max_model_len", max_model_len, 2, 2**31)
         whole("max_num_seqs", max_num_seqs, 1, 2**31)
         whole("seed", seed, 0, 2**32)
+        whole("expect_tokens", expect_tokens, 1, 2**31)
         say = say or (lambda line: print(line, file=sys.stderr))
         env.start()
         if random_weights and str(model).endswith(".json"):
@@ -154,7 +157,8 @@ class LLM:
         self.executables = Executables(self.table, buckets, on_build)
         self.tokenizer = None
         prompts = as_prompts(expect)
-        progress = _beside(lambda: self._get_ready(prompts, not random_weights), progress)
+        ready = functools.partial(self._get_ready, prompts, expect_tokens, not random_weights)
+        progress = _beside(ready, progress)
         if source is None:
             self.weights = load.random(self.table, seed, progress)
         else:
@@ -167,13 +171,14 @@ class LLM:
         self._engine = Engine(self.weights, self.executables)
         self._count = itertools.count()
 
-    def _get_ready(self, prompts: list[Prompt], tokenizer: bool) -> None:
+    def _get_ready(self, prompts: list[Prompt], more: int, tokenizer: bool) -> None:
         """What needs no weights: executables for these prompts, and the tokenizer."""
         if tokenizer:
             self.tokenizer = load_tokenizer(self.folder)
         if prompts:
-            lengths = [[len(self._ids(prompt))] for prompt in prompts]
-            self.executables.build(self.executables.for_requests(lengths))
+            lengths = [len(self._ids(prompt)) for prompt in prompts]
+            asked = [((n,), self._context(n, more)) for n in lengths]
+            self.executables.build(self.executables.for_requests(asked))
 
     def _largest(self, data: int | None, expert: int | None, say: Callable[[str], None]) -> int:
         data, expert = (1 if n is None else n for n in (data, expert))
@@ -202,7 +207,8 @@ class LLM:
         self.executables.build(self.executables.all_names())
 
     def _build_for(self, requests: list[Request]) -> None:
-        self.executables.build(self.executables.for_requests([r.prefilled() for r in requests]))
+        asked = [(request.prefilled(), request.context) for request in requests]
+        self.executables.build(self.executables.for_requests(asked))
 
     def generate(
         self,
@@ -325,9 +331,14 @@ class LLM:
             seed=params.seed if params.seed is not None else (self.seed << 32) + number,
             eos_ids=self.eos_ids,
             max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
+            context=self._context(len(ids), params.max_tokens),
             tokenizer=self.tokenizer,
             recomputed_at=self.config.rope.recomputed_at if self.config.rope else None,
         )
+
+    def _context(self, prompt: int, more: int) -> int:
+        """Cache positions for a prompt of so many tokens and so many after it."""
+        return self.executables.buckets.context_for(min(prompt + more, self.max_model_len))
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

@@ -132,6 +132,7 @@ class Request:
     seed: int
     eos_ids: tuple[int, ...]
     max_tokens: int  # what params ask for and max_model_len leaves
+    context: int  # positions of the cache it is computed in, whoever else runs
     tokenizer: Tokenizer | None
     recomputed_at: int | None = None  # see `tpjax.rope.Rope`
     token_ids: list[int] = field(default_factory=list[int])

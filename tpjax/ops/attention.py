@@ -44,13 +44,14 @@ def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax
 
 
 def insert_row(plan: Plan, cache_BKSH: jax.Array, one_DKSH: jax.Array, slot_D: jax.Array):
-    """``cache`` with each replica's row of ``one`` in its row ``slot``; a negative slot is none."""
+    """``cache`` with each replica's row of ``one``, of as many positions or less, in its row
+    ``slot``; a negative slot is none."""
     held = plan.spec("batch", "kv_heads", None, None)
 
     def local(cache_BKSH, one_1KSH, slot_1):
         slot = jnp.maximum(slot_1[0], 0)
         zero = slot * 0
-        old = jax.lax.dynamic_slice_in_dim(cache_BKSH, slot, 1, axis=0)
+        old = jax.lax.dynamic_slice(cache_BKSH, (slot, zero, zero, zero), one_1KSH.shape)
         new = jnp.where(slot_1[0] < 0, old, one_1KSH)
         return jax.lax.dynamic_update_slice(cache_BKSH, new, (slot, zero, zero, zero))
 
