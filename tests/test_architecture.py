@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "tpjax").rglob("*.py")) + sorted((ROOT / "checkpoints_too
 
 # A module may import from its own layer and those before it.
 LAYERS = [
-    ["errors", "kept"],
+    ["errors", "kept", "host"],
     ["rope", "config", "params", "buckets", "picture"],
     ["facts"],
     ["models"],

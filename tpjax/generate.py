@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tpjax import env
+from tpjax.checkpoint import room
+from tpjax.checkpoint.files import weight_bytes
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.engine.inputs import whole
@@ -24,29 +28,30 @@ def generate(args: argparse.Namespace) -> int:
     asked |= dict(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop))
     check(args, prompts, asked)
     patterns, allow = asked_patterns(args.plan, args.allow)
-    start_devices(args)
-    from tpjax.checkpoint.folder import bundled
-    from tpjax.engine.llm import LLM
-    from tpjax.report import Report
+    with room.ahead(_weight_bytes(args)):
+        start_devices(args)
+        from tpjax.checkpoint.folder import bundled
+        from tpjax.engine.llm import LLM
+        from tpjax.report import Report
 
-    report = Report(args.quiet)
-    llm = LLM(
-        args.model or bundled(),
-        tensor_parallel_size=args.tensor_parallel_size or "auto",
-        data_parallel_size=args.data_parallel_size,
-        expert_parallel_size=args.expert_parallel_size,
-        patterns=dict(patterns) or None,
-        allow=allow,
-        dtype=args.dtype,
-        verify=args.verify,
-        expect=[] if args.chat else prompts[:1] if args.stream else prompts,
-        expect_tokens=args.max_tokens,
-        max_model_len=args.max_model_len,
-        max_num_seqs=1 if args.stream else min(len(prompts), 64),
-        progress=report.loading,
-        on_build=report.building,
-        say=report.say,
-    )
+        report = Report(args.quiet)
+        llm = LLM(
+            args.model or bundled(),
+            tensor_parallel_size=args.tensor_parallel_size or "auto",
+            data_parallel_size=args.data_parallel_size,
+            expert_parallel_size=args.expert_parallel_size,
+            patterns=dict(patterns) or None,
+            allow=allow,
+            dtype=args.dtype,
+            verify=args.verify,
+            expect=[] if args.chat else prompts[:1] if args.stream else prompts,
+            expect_tokens=args.max_tokens,
+            max_model_len=args.max_model_len,
+            max_num_seqs=1 if args.stream else min(len(prompts), 64),
+            progress=report.loading,
+            on_build=report.building,
+            say=report.say,
+        )
     params = replace(llm.get_default_sampling_params(), **asked)
     report.loaded(llm)
     given = prompts
@@ -61,6 +66,17 @@ def generate(args: argparse.Namespace) -> int:
         _show(prompt, output, args.json, report)
     report.speed(outputs)
     return 0
+
+
+def _weight_bytes(args: argparse.Namespace) -> int:
+    """Bytes that CPU devices will hold, as far as that can be told without looking into a file."""
+    on_cpu = args.devices is not None or not env.has_accelerator()
+    if not (on_cpu and args.model and os.path.isdir(args.model)):
+        return 0
+    try:
+        return weight_bytes(Path(args.model))
+    except OSError:  # whoever loads them will say what is wrong
+        return 0
 
 
 def _conversation(system: str | None, prompt: str) -> list[dict[str, str]]:

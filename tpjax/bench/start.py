@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpjax import env
+from tpjax.checkpoint.files import weight_bytes, weight_files
 from tpjax.checkpoint.folder import bundled, choose_dtype, locate, read_folder
 from tpjax.config import check_dtype
 from tpjax.devices import check_sizes
@@ -54,7 +55,7 @@ def bench_start(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="tpjax-start-") as cache:
         environment = env.with_cache(Path(cache))
         first = started(commands["tpjax"], environment)
-        size, memory = sum(file.stat().st_size for file in _files(folder)), []
+        size, memory = weight_bytes(folder), []
         for _ in range(args.rounds):
             for name, command in commands.items():
                 starts[name].append(started(command, environment))
@@ -139,17 +140,11 @@ def _new_memory(size: int) -> float:
 def read_files(folder: Path) -> int:
     """Read all weights' files once into one buffer; how many bytes that is."""
     buffer, total = memoryview(bytearray(_PIECE)), 0
-    for file in _files(folder):
+    for file in weight_files(folder):
         with open(file, "rb", buffering=0) as opened:
             while got := opened.readinto(buffer):
                 total += got
     return total
-
-
-def _files(folder: Path) -> list[Path]:
-    """Where weights are: a Hugging Face folder's files, or those of a tpjax checkpoint."""
-    found = sorted(folder.glob("*.safetensors"))
-    return found or sorted(f for f in (folder / "weights").rglob("*") if f.is_file())
 
 
 def _resolve_dtype(args: argparse.Namespace, folder: Path) -> None:

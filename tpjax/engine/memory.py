@@ -1,12 +1,11 @@
 """Does it fit? Asked before anything is allocated, answered in numbers."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
-
+from tpjax import host
 from tpjax.buckets import Buckets, at_a_time
 from tpjax.cache import KVCache
+from tpjax.checkpoint import room
 from tpjax.errors import ResourceError
 from tpjax.ops.tiles import TILE
 from tpjax.plan import Plan
@@ -72,30 +71,12 @@ def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
 
 def free(plan: Plan) -> int:
     """Bytes free on each device, on that which has least; CPU devices have equal shares of the
-    host's."""
+    host's, with what was got ahead for the weights."""
     if plan.platform == "cpu":
-        return host_memory() // plan.mesh.size
+        return (host.free_memory() + room.got_ahead()) // plan.mesh.size
     return min(map(_free, plan.mesh.devices.flat))
 
 
 def _free(device) -> int:
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit", 2**63) - stats.get("bytes_in_use", 0)
-
-
-def host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free bytes of host memory, or of the container's share where that is less. Cached files are
-    given back when needed, so they count as free."""
-    available = psutil.virtual_memory().available
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        try:
-            free = int((root / limit).read_text()) - int((root / used).read_text())
-            stat = dict(line.split() for line in (root / cached).read_text().splitlines())
-        except (OSError, ValueError):  # no such file, or "max": no limit
-            continue
-        free += int(stat.get("inactive_file", 0))
-        available = min(available, max(0, free))
-    return available
