@@ -24,9 +24,10 @@ from checkpoints_tools.staging import (
     stage,
 )
 from checkpoints_tools.workers import ARENA, Budget, Workers, divide
+from tpjax.checkpoint.files import INDEX, SINGLE
 from tpjax.checkpoint.manifest import MANIFEST, WEIGHTS, Source, Weight
 from tpjax.checkpoint.orbax import OrbaxFolder, is_checkpoint
-from tpjax.checkpoint.safetensors import INDEX, SINGLE, WORDS
+from tpjax.checkpoint.safetensors import WORDS
 from tpjax.errors import CheckpointError, UsageError
 
 OnBytes = Callable[[int], object]

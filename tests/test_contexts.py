@@ -14,6 +14,7 @@ from tests.test_generate import tokens
 from tpjax import SamplingParams, buckets
 from tpjax.buckets import Buckets, positions
 from tpjax.cache import KVCache
+from tpjax.engine.memory import check_memory, temporary_bytes
 from tpjax.executables import Executables, compiles
 
 QUIET = {"say": lambda line: None}
@@ -100,10 +101,14 @@ def test_the_same_tokens_whatever_the_context(small, folder, ran, monkeypatch, s
         llm.warm_up()
     before = compiles.count
     together = tokens(llm.generate(prompts, params))
+    asked = [(r.prefilled(), r.context) for r in llm._requests(prompts, params)]
+    assert set(ran) <= set(llm.executables.for_requests(asked))  # nothing was built on the way
     assert f"decode[b{rows}]" in ran and "prefill[t32,s64]" in ran
     alone = [tokens(llm.generate([p], s))[0] for p, s in zip(prompts, params, strict=True)]
     assert alone == together and [len(t) for t in alone] == [more for _, more in ASKED]
-    assert compiles.count == before or rows > 1
+    every = llm.executables.all_names()
+    assert set(ran) <= set(every) and set(llm.executables.built) <= set(every)
+    assert rows > 1 or compiles.count == before
     monkeypatch.setattr(buckets, "LEAST", 1024)
     whole = model(folder, max_num_seqs=rows, **sizes)
     ran.clear()
@@ -123,8 +128,8 @@ def test_short_requests_have_short_caches(small, folder, ran):
         assert memory.alias_size_in_bytes == held, name
 
 
-def test_a_prompt_is_computed_the_same_in_any_company(small, folder):
-    """To the last bit: its cache is as long as it is alone."""
+def test_a_prompt_is_computed_the_same_in_any_company(small, folder, ran, xla_attention):
+    """To the last bit, and by the same programs: its cache is as long as it is alone."""
     llm = model(folder, tensor_parallel_size=2, max_num_seqs=4)
     prompts, params = requests(llm.config.vocab)
     params = [SamplingParams(**GREEDY, max_tokens=p.max_tokens, logprobs=5) for p in params]
@@ -132,8 +137,14 @@ def test_a_prompt_is_computed_the_same_in_any_company(small, folder):
     def first(outputs):
         return [[(i, p.logprob) for i, p in o.outputs[0].logprobs[0].items()] for o in outputs]
 
+    def prefills():
+        return {name for name in ran if name.startswith("prefill")}
+
     alone = [first(llm.generate([p], s))[0] for p, s in zip(prompts, params, strict=True)]
+    programs = prefills()
+    ran.clear()
     assert first(llm.generate(prompts, params)) == alone
+    assert prefills() == programs
 
 
 def test_one_row_at_a_time_holds_one_cache(small, folder, monkeypatch):
@@ -157,6 +168,20 @@ def test_one_row_at_a_time_holds_one_cache(small, folder, monkeypatch):
     monkeypatch.setattr(llm._engine, "_zeros", counted)
     llm.generate(prompts, params)
     assert len(made) == 4 and set(made) == {0}  # for the first, the second, the third, the last
+
+
+def test_memory_is_of_the_context_that_needs_most(folder):
+    """With few layers and many heads the scores of 1,024 positions, taken at once, are more than
+    what a cache of 4,096 is larger by."""
+    table = tpjax.LLM(folder, 1, max_model_len=256, max_num_seqs=1, dtype="float32", **QUIET).table
+    made = Buckets.make(4096, 1, 1)
+    memory = check_memory(table, made)
+    each = {}
+    for context in made.contexts:
+        cache = KVCache.bytes_per_device(table.config, table.plan, 1, context)
+        each[context] = cache, temporary_bytes(table, made, context)
+    assert each[1024][1] > each[4096][1] and sum(each[1024]) > sum(each[4096])
+    assert (memory.cache, memory.temporary) == each[1024]
 
 
 def test_what_is_expected_has_its_context(small, folder, ran):

@@ -13,7 +13,8 @@ import tpjax
 from tests.reference import distance
 from tpjax.buckets import Buckets
 from tpjax.checkpoint import load
-from tpjax.checkpoint.safetensors import SINGLE, SafetensorsFolder
+from tpjax.checkpoint.files import SINGLE
+from tpjax.checkpoint.safetensors import SafetensorsFolder
 from tpjax.checkpoint.tensors import Tensors
 from tpjax.config import MoE
 from tpjax.errors import UsageError

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -391,3 +392,32 @@ def test_loading_takes_little_more_memory_than_the_weights(stored, dtype):
     result = json.loads(done.stdout)
     assert result["weights_bytes"] > 1e9
     assert result["beyond_weights_bytes"] < 300e6, result
+
+
+def test_whole_rows_are_read_to_where_they_belong(folder):
+    """Column slices, and what is cast, come from the file's pages."""
+    source = SafetensorsFolder(folder)
+    name = next(n for n, info in source.tensors.items() if len(info.shape) == 2)
+    rows, columns = source.tensors[name].shape
+    stored = source.read(name, (slice(None),))
+    for bounds, dtype, straight in (
+        (((1, rows - 1), (0, columns)), np.float32, True),
+        (((1, rows - 1), (0, columns // 2)), np.float32, False),
+        (((1, rows - 1), (0, columns)), np.float16, False),
+    ):
+        out = np.zeros([b - a for a, b in bounds], dtype)
+        parts = list(source.parts(name, bounds, out))
+        assert all((part is None) == straight for _, part in parts)
+        found = out if straight else np.concatenate([part for _, part in parts])
+        assert (found == stored[1 : rows - 1, : bounds[1][1]]).all()
+
+
+def test_a_file_cut_while_it_is_read(folder, tmp_path):
+    """Is told, where its pages would end the process."""
+    shutil.copytree(folder, tmp_path / "cut")
+    source = SafetensorsFolder(tmp_path / "cut")
+    name, info = max(source.tensors.items(), key=lambda item: item[1].offset)
+    os.truncate(info.file, info.offset + 4)
+    out = np.zeros(info.shape, np.float32)
+    with pytest.raises(CheckpointError, match="ends at byte .* changed or cut while it was read"):
+        list(source.parts(name, tuple((0, n) for n in info.shape), out))

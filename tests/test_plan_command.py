@@ -119,7 +119,7 @@ def test_plan_and_engine_count_the_same_memory(data, batch):
     rows = batch + (data if batch > 1 else 0)
     held = KVCache.bytes_per_device(config, exe.table.plan, rows, 2048)
     assert planned.weights == exe.table.bytes_per_device and planned.cache == held
-    assert planned.temporary == temporary_bytes(exe.table, exe.buckets)
+    assert planned.temporary == temporary_bytes(exe.table, exe.buckets, exe.buckets.context)
 
 
 def test_layers_left_whole_are_counted(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Memory for weights: got ahead, taken by the room, given back where it is not needed."""
 
+import argparse
+import json
 import threading
 import time
 
@@ -8,8 +10,9 @@ import psutil
 import pytest
 
 from tests.test_cli import main
-from tpjax import host
+from tpjax import generate, host
 from tpjax.checkpoint import room
+from tpjax.checkpoint.files import held_bytes
 from tpjax.checkpoint.folder import bundled
 from tpjax.checkpoint.room import Room
 from tpjax.engine.memory import free
@@ -124,3 +127,32 @@ def test_generate_gets_it_ahead(worth_it, monkeypatch, capsys):
         said.append(out)
         assert found == code and taken[0] == ahead and not any(taken[1:])
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize(
+    "stored, dtype, times",
+    [
+        ("BF16", "auto", 1),
+        ("BF16", "bfloat16", 1),
+        ("F16", "auto", 2),
+        ("F16", "bfloat16", 1),
+        ("F32", "auto", 1),
+        ("F32", "bfloat16", 0.5),
+    ],
+)
+def test_what_will_be_held(tmp_path, stored, dtype, times):
+    """By the index, where files lie about that are not of this model; else by the only file."""
+    header = json.dumps({"__metadata__": {}, "x": {"dtype": stored}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(1000)
+    for name in ("model.safetensors", "a.safetensors", "b.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    assert held_bytes(tmp_path, dtype) == times * len(content) // 1
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert held_bytes(tmp_path, dtype) == times * 2 * len(content)
+    # What cannot be told is said by whoever loads it.
+    args = argparse.Namespace(devices=1, model=str(tmp_path), dtype=dtype)
+    assert generate._held_bytes(args) == times * 2 * len(content)
+    for wrong in ("{}", "[1]", "{", '{"weight_map": {"x": "c.safetensors"}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(wrong)
+        assert generate._held_bytes(args) == 0

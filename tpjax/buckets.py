@@ -10,7 +10,7 @@ from itertools import pairwise
 DISPATCH = 32  # most tokens one decode dispatch makes for each sequence
 CHUNKS = (32, 128, 512)  # prefill: tokens per call; longer prompts take several
 SHORT, CALL = 8, 8  # where prompts are cut to fit: one more of these; tokens that a call costs
-LEAST, SHORTER = 1024, 4  # positions of the shortest cache; how often it is in the next
+LEAST, SHORTER = 1024, 4  # positions a shorter cache has at least; how much shorter it is
 BLOCK = 512  # cache positions attended to at a time, where there are more than twice as many
 
 

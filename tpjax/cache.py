@@ -16,7 +16,7 @@ class KVCache:
     """Contiguous: one pair of arrays ``[B, K, S, H]`` per layer, slot s holding position s.
 
     Per layer, so that a donated cache is updated in place; by position, so that what a sequence
-    computes never depends on who shares its batch. Slots beyond a sequence's length hold leftovers
+    sees never depends on who shares its batch. Slots beyond a sequence's length hold leftovers
     and are never visible.
     """
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tpjax import env
 from tpjax.checkpoint import room
-from tpjax.checkpoint.files import weight_bytes
+from tpjax.checkpoint.files import held_bytes
 from tpjax.config import check_dtype
 from tpjax.devices import start_devices
 from tpjax.engine.inputs import whole
-from tpjax.errors import UsageError
+from tpjax.errors import CheckpointError, UsageError
 from tpjax.params import SamplingParams
 from tpjax.patterns import asked as asked_patterns
 
@@ -28,7 +28,7 @@ def generate(args: argparse.Namespace) -> int:
     asked |= dict(max_tokens=args.max_tokens, seed=args.seed, stop=tuple(args.stop))
     check(args, prompts, asked)
     patterns, allow = asked_patterns(args.plan, args.allow)
-    with room.ahead(_weight_bytes(args)):
+    with room.ahead(_held_bytes(args)):
         start_devices(args)
         from tpjax.checkpoint.folder import bundled
         from tpjax.engine.llm import LLM
@@ -45,7 +45,7 @@ def generate(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             verify=args.verify,
             expect=[] if args.chat else prompts[:1] if args.stream else prompts,
-            expect_tokens=args.max_tokens,
+            expect_tokens=min(args.max_tokens, sys.maxsize),
             max_model_len=args.max_model_len,
             max_num_seqs=1 if args.stream else min(len(prompts), 64),
             progress=report.loading,
@@ -68,15 +68,15 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _weight_bytes(args: argparse.Namespace) -> int:
-    """Bytes that CPU devices will hold, as far as that can be told without looking into a file."""
+def _held_bytes(args: argparse.Namespace) -> int:
+    """Bytes of weights that CPU devices will hold; 0 where that cannot be told by now."""
     on_cpu = args.devices is not None or not env.has_accelerator()
     if not (on_cpu and args.model and os.path.isdir(args.model)):
         return 0
     try:
-        return weight_bytes(Path(args.model))
-    except OSError:  # whoever loads them will say what is wrong
-        return 0
+        return held_bytes(Path(args.model), args.dtype)
+    except (CheckpointError, OSError):
+        return 0  # whoever loads them will say what is wrong
 
 
 def _conversation(system: str | None, prompt: str) -> list[dict[str, str]]:

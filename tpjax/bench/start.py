@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpjax import env
-from tpjax.checkpoint.files import weight_bytes, weight_files
+from tpjax.checkpoint.files import weight_files
 from tpjax.checkpoint.folder import bundled, choose_dtype, locate, read_folder
 from tpjax.config import check_dtype
 from tpjax.devices import check_sizes
@@ -55,7 +55,7 @@ def bench_start(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="tpjax-start-") as cache:
         environment = env.with_cache(Path(cache))
         first = started(commands["tpjax"], environment)
-        size, memory = weight_bytes(folder), []
+        size, memory = sum(file.stat().st_size for file in weight_files(folder)), []
         for _ in range(args.rounds):
             for name, command in commands.items():
                 starts[name].append(started(command, environment))

@@ -22,11 +22,10 @@ import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tpjax.checkpoint.files import INDEX, SINGLE
 from tpjax.checkpoint.tensors import Tensor
 from tpjax.errors import CheckpointError, listing
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WORDS = {ours: theirs for theirs, ours in READABLE.items()}
 CHUNK = 1 << 21  # elements read together: at most 8 MB, and as much again for a cast

@@ -1,7 +1,8 @@
 """The engine: prompts are prefilled one per replica, put into a free row, and decoded together.
 
 A row that finishes is refilled from the queue between two dispatches. What a request computes in
-prefill never depends on the others; in decode, rows share a matrix product and nothing else.
+prefill never depends on the others; in decode, rows share a matrix product and the length of their
+caches, which are as long as the longest needs.
 """
 
 import itertools
@@ -52,8 +53,8 @@ class Engine:
         batch = self.exe.buckets.batch_for(len(requests))
         slots: list[Request | None] = [None] * batch
         # Where sequences are decoded, and where prompts are prefilled; of one row, the same.
-        context = max(request.context for request in requests)
-        cache: KVCache | None = self._zeros(batch, context) if batch > 1 else None
+        longest = max(request.context for request in requests)
+        cache: KVCache | None = self._zeros(batch, longest) if batch > 1 else None
         one: KVCache | None = None
         flying: Dispatch | None = None
         refilled = False  # since then
@@ -65,9 +66,10 @@ class Engine:
                     one = None  # there need not be room for two
                     cache = None if batch == 1 else cache
                 one, drawn = self._prefill(one or self._zeros(self.data, context), group)
-                if batch == 1 or cache is None:
+                if batch == 1:
                     cache = one
                 else:
+                    assert cache is not None
                     cache = self._insert(cache, one, group, batch)
                 for replica, (slot, request) in group.items():
                     self._accept(request, drawn, replica)
@@ -75,7 +77,8 @@ class Engine:
                     yield request
                 refilled = True
             live = [r for r in slots if r]
-            if live and cache is not None:
+            if live:
+                assert cache is not None
                 wanted = tokens or self._tokens_per_dispatch(live, bool(waiting))
                 if flying is None:
                     cache, flying = self._dispatch(cache, list(slots), wanted)

@@ -103,7 +103,7 @@ class LLM:
             whole("max_model_len", max_model_len, 2, 2**31)
         whole("max_num_seqs", max_num_seqs, 1, 2**31)
         whole("seed", seed, 0, 2**32)
-        whole("expect_tokens", expect_tokens, 1, 2**31)
+        whole("expect_tokens", expect_tokens, 1, sys.maxsize)
         say = say or (lambda line: print(line, file=sys.stderr))
         env.start()
         if random_weights and str(model).endswith(".json"):

@@ -32,8 +32,17 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
     """
     rows = buckets.batch[-1] + (table.plan.data if buckets.batch[-1] > 1 else 0)
     weights = table.bytes_per_device
-    cache = KVCache.bytes_per_device(table.config, table.plan, rows, buckets.context)
-    temporary = temporary_bytes(table, buckets)
+    # Steps on a shorter cache may hold more beside it: scores of all its positions at once.
+    cache, temporary = max(
+        (
+            (
+                KVCache.bytes_per_device(table.config, table.plan, rows, context),
+                temporary_bytes(table, buckets, context),
+            )
+            for context in buckets.contexts
+        ),
+        key=sum,
+    )
     devices, available = table.plan.mesh.devices, free(table.plan)
     if weights + cache + temporary > available:
         raise ResourceError(
@@ -46,21 +55,21 @@ def check_memory(table: WeightTable, buckets: Buckets) -> Memory:
     return Memory(weights, cache, temporary, available)
 
 
-def temporary_bytes(table: WeightTable, buckets: Buckets) -> int:
-    """What steps hold at once on one device: on accelerators what `tpjax plan` says; on a CPU an
-    upper bound: scores and shares of the largest chunk in float32, against as much of the context
-    as is attended to at a time, a few rows of the widest activation, and tiles of
-    matrices of 16 bits as float32."""
+def temporary_bytes(table: WeightTable, buckets: Buckets, context: int) -> int:
+    """What steps on caches of so many positions hold at once on one device: on accelerators what
+    `tpjax plan` says; on a CPU an upper bound: scores and shares of the largest chunk in float32,
+    against as many positions as are attended to at a time, a few rows of the widest activation,
+    and tiles of matrices of 16 bits as float32."""
     config, split = table.config, table.plan.tensor_degree
     if table.plan.platform != "cpu":
         layout, rows = table.plan.layout, buckets.batch[-1] // table.plan.data
         return max(
-            planned.temporary(config, layout, rows, 1, buckets.context),
-            planned.temporary(config, layout, 1, buckets.chunks[-1], buckets.context),
+            planned.temporary(config, layout, rows, 1, context),
+            planned.temporary(config, layout, 1, buckets.chunks[-1], context),
         )
     chunk = buckets.chunks[-1]
     heads = -(-len(table.plan.heads(config).queries) // split)
-    scores = 2 * heads * at_a_time(buckets.context)
+    scores = 2 * heads * at_a_time(context)
     widest = 4 * (-(-config.mlp // split) + 2 * config.embed)
     logits = 8 * max(buckets.batch) * table.by_path["embed.w"].shape[0] // split
     narrow = [s.bytes_per_device for s in table.specs if len(s.dims) > 1 and s.dtype.itemsize == 2]
@@ -73,7 +82,8 @@ def free(plan: Plan) -> int:
     """Bytes free on each device, on that which has least; CPU devices have equal shares of the
     host's, with what was got ahead for the weights."""
     if plan.platform == "cpu":
-        return (host.free_memory() + room.got_ahead()) // plan.mesh.size
+        # In this order: what threads get between the two is then free in neither.
+        return (room.got_ahead() + host.free_memory()) // plan.mesh.size
     return min(map(_free, plan.mesh.devices.flat))
 
 
