@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import threading
 import time
 
@@ -153,6 +154,8 @@ def test_what_will_be_held(tmp_path, stored, dtype, times):
     # What cannot be told is said by whoever loads it.
     args = argparse.Namespace(devices=1, model=str(tmp_path), dtype=dtype)
     assert generate._held_bytes(args) == times * 2 * len(content)
-    for wrong in ("{}", "[1]", "{", '{"weight_map": {"x": "c.safetensors"}}'):
+    os.mkfifo(tmp_path / "pipe.safetensors")  # nobody will ever write to it
+    named = [json.dumps({"weight_map": {"x": f"{n}.safetensors"}}) for n in ("c", "pipe")]
+    for wrong in ("{}", "[1]", "{", '{"weight_map": {"x": 5}}', *named):
         (tmp_path / "model.safetensors.index.json").write_text(wrong)
         assert generate._held_bytes(args) == 0

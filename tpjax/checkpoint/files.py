@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 from tpjax.errors import CheckpointError
 
@@ -27,8 +28,8 @@ def weight_files(folder: Path) -> list[Path]:
 def held_bytes(folder: Path, dtype: str) -> int:
     """Bytes that CPU devices will hold of a folder's weights, by its first file: what is stored,
     but for float16, which nothing multiplies there, and float32 that is to be narrow. Raises
-    CheckpointError for an index or a file that is none, OSError for a file that is not there."""
-    files = weight_files(folder)
+    CheckpointError for an index or a file that is none."""
+    files = [file for file in weight_files(folder) if file.is_file()]  # a pipe might never open
     size = sum(file.stat().st_size for file in files)
     stored = _first_dtype(files[0]) if files and files[0].suffix == ".safetensors" else None
     narrow = dtype not in ("auto", "float32")
@@ -38,11 +39,18 @@ def held_bytes(folder: Path, dtype: str) -> int:
 
 
 def _first_dtype(file: Path) -> str | None:
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        content = opened.read(min(length, _LONGEST_HEADER))
     try:
-        header = json.loads(content).items()
-        return next((about["dtype"] for name, about in header if name != "__metadata__"), None)
+        with open(file, "rb") as opened:
+            header, _ = read_header(opened)
+        return next((about["dtype"] for about in header.values()), None)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file; download it again") from error
+
+
+def read_header(file: BinaryIO) -> tuple[dict, int]:
+    """What a safetensors file says of each tensor, and where its data begin. The file is taken to
+    be good: anything may be raised, or returned, if it is not."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+    header.pop("__metadata__", None)
+    return header, 8 + length

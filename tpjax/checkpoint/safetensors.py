@@ -22,7 +22,7 @@ import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tpjax.checkpoint.files import INDEX, SINGLE
+from tpjax.checkpoint.files import INDEX, SINGLE, read_header
 from tpjax.checkpoint.tensors import Tensor
 from tpjax.errors import CheckpointError, listing
 
@@ -200,13 +200,8 @@ def dtype_of_first(folder: Path) -> str | None:
 
 def _offsets(file: BinaryIO) -> dict[str, int]:
     """Where each tensor's bytes begin, from a header that the library has found to be good."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    return {
-        name: 8 + length + info["data_offsets"][0]
-        for name, info in header.items()
-        if name != "__metadata__"
-    }
+    header, begin = read_header(file)
+    return {name: begin + info["data_offsets"][0] for name, info in header.items()}
 
 
 @contextlib.contextmanager
